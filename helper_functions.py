@@ -1,0 +1,647 @@
+"""What both training scripts and a notebook share, in the order the data flows:
+load -> prompt -> tokenize -> batch -> decode -> score -> `answer()`.
+
+In a notebook:
+
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from helper_functions import answer
+
+    tokenizer = AutoTokenizer.from_pretrained("flan_t5_tweetqa_ckpt")
+    model = AutoModelForSeq2SeqLM.from_pretrained("flan_t5_tweetqa_ckpt")
+    answer(model, tokenizer, "cpu", "who won?", "The Rockets won again! @nba")
+
+Only torch and transformers are imported here; what else is needed is imported by the function that needs it, so that
+importing this file stays cheap.
+"""
+
+import ast
+import csv
+import io
+import json
+import logging
+import os
+import re
+import string
+import sys
+import threading
+import warnings
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+
+COLUMNS = ("Question", "Tweet", "Answer", "qid")
+SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
+FILE_TYPES = ("json", "jsonl", "csv", "parquet")
+LABEL_PAD = -100  # the target id that torch's cross entropy and transformers leave out of the loss
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: the message is one line that names it and says what to do."""
+
+
+def one_line(error):
+    """The message of an exception as one line of at most 300 characters, for a message of ours that quotes it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def quiet_libraries():
+    """Keep the libraries' own bars, notices and deprecation warnings off the screen (errors still show)."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for library in ("accelerate", "datasets", "httpx", "huggingface_hub", "peft", "sentence_transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+# ---------------------------------------------------------------------------------------------------------- load
+
+
+def load_tweet_qa(dataset="ucsbnlp/tweet_qa"):
+    """Load and check a TweetQA data set.
+
+    dataset: a hub id, or a folder that holds `train.*`, `validation.*` (or `dev.*`) and, if there is one, `test.*`,
+        each a JSON, JSON Lines, CSV or Parquet file with the columns Question, Tweet, Answer and qid.
+
+    Returns {"train": rows, "validation": rows, "test": rows}, "test" only where there is one. A row is a dict of
+    Question, Tweet and qid (str) and Answer, which is always a list of references here (str), empty only in test.
+
+    Raises InputError, naming the file and the row (counted from 1, without a CSV's header), for what cannot be used.
+    """
+    raw_splits = _read_folder(Path(dataset)) if _is_local(dataset) else _read_hub(dataset)
+    splits = {}
+    for split, (name, raw_rows) in raw_splits.items():
+        if not raw_rows:
+            raise InputError(f"{name} has no rows: at least one is needed")
+        splits[split] = [
+            _check_row(row, f"{name}, row {number}", split != "test") for number, row in enumerate(raw_rows, start=1)
+        ]
+    return splits
+
+
+def _is_local(name):
+    """Whether a --model_name, --dataset or --sem_model is meant as a path here, and not as a hub id like user/name."""
+    return os.path.exists(name) or not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", name)
+
+
+def _ask_hub_once(name, repo_type, seconds=8):
+    """Let every library use only what is cached if the hub does not answer a question about a repository.
+
+    Left to themselves they ask again and again: over a minute with no network, and without end where a firewall
+    swallows the question. The thread is there because no timeout bounds the look-up of the host's name.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answered = []
+
+    def ask():
+        try:
+            huggingface_hub.HfApi().repo_info(name, repo_type=repo_type, timeout=seconds)
+            answered.append(True)
+        except HfHubHTTPError as error:  # "no such repository" is an answer, "service unavailable" is none
+            answered.append(error.response.status_code < 500)
+        except Exception:  # a refused connection, no such host, time out, offline mode: each library has its own
+            answered.append(False)
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if answered != [True]:
+            os.environ["HF_HUB_OFFLINE"] = "1"
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+            if "datasets" in sys.modules:  # it took its own copy when it was imported
+                sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+def _cannot_load(flag, name, what, error):
+    """The InputError for a model or data set that a library refused to load."""
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    if _is_local(name):
+        return InputError(f"{flag} {name}: the {what} in this folder cannot be loaded ({reason})")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        reason = "the hub cannot be reached, or HF_HUB_OFFLINE is set, and it is not in the cache"
+    return InputError(f"{flag} {name}: the {what} could not be fetched; give {flag} a local folder ({reason})")
+
+
+def _read_folder(folder):
+    """{split: (file, list of raw rows)} of a local data folder."""
+    if not folder.is_dir():
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise InputError(f"--dataset {folder} {problem}: give a hub id or a folder with train.* and validation.* files")
+    splits = {}
+    for split, stems in SPLIT_FILES.items():
+        paths = [p for stem in stems for p in (folder / f"{stem}.{ending}" for ending in FILE_TYPES) if p.exists()]
+        if len(paths) > 1:
+            raise InputError(
+                f"{folder} holds {' and '.join(p.name for p in paths)} for one split: leave only one there"
+            )
+        if paths:
+            splits[split] = (str(paths[0]), _read_file(paths[0]))
+        elif split != "test":
+            raise InputError(f"--dataset {folder} has no {stems[0]} file: add {stems[0]}.({'|'.join(FILE_TYPES)})")
+    return splits
+
+
+def _read_file(path):
+    """The rows of one data file, as they stand there: a list of dicts."""
+    if not path.is_file():
+        raise InputError(
+            f"{path} is not a file: a {path.suffix[1:]} file with the columns {', '.join(COLUMNS)} is needed"
+        )
+    try:
+        if path.suffix == ".parquet":
+            from pyarrow.parquet import ParquetFile
+
+            with ParquetFile(path) as parquet:
+                return parquet.read().to_pylist()
+        text = path.read_bytes().decode("utf-8-sig")  # -sig: a byte order mark is not part of the first column's name
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({one_line(error)}): save it as UTF-8") from None
+    except Exception as error:  # pyarrow has its own family of exceptions, and imports are kept lazy
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+    if path.suffix == ".csv":
+        return _parse_csv(text, path)
+    return _parse_json(text, path)
+
+
+def _parse_csv(text, path):
+    """Rows of a CSV file with a header. Python's own reader, since pandas fills or shifts rows of a wrong length."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses a field over 128 kB
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}, row {len(rows) + 1} has more or fewer fields than the header's {len(reader.fieldnames)}: "
+                    "quote fields that hold commas"
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise InputError(f"{path}, row {len(rows) + 1} is not valid CSV: {one_line(error)}") from None
+    return rows
+
+
+def _parse_json(text, path):
+    """Rows of a JSON file (one list of objects) or of JSON Lines (an object a line, also under the name .json)."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if path.suffix == ".json" and not text.lstrip().startswith("{"):
+            raise InputError(f"{path} is not valid JSON: {one_line(error)}") from None
+    else:
+        if isinstance(rows, list) and path.suffix == ".json":
+            return rows
+    rows = []
+    for line in text.split("\n"):  # not splitlines(), which also splits at characters that JSON allows in a string
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, row {len(rows) + 1} is not valid JSON: {one_line(error)}") from None
+    return rows
+
+
+def _read_hub(dataset):
+    """{split: (name, list of raw rows)} of a hub data set."""
+    _ask_hub_once(dataset, "dataset")
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        try:
+            loaded = datasets.load_dataset(dataset)
+        except RuntimeError as error:
+            if "scripts are no longer supported" not in str(error):
+                raise
+            # datasets 4 and later run no loading scripts; the hub keeps a parquet copy of every public data set.
+            loaded = datasets.load_dataset(dataset, revision="refs/convert/parquet")
+    except Exception as error:
+        raise _cannot_load("--dataset", dataset, "data set", error) from None
+    missing = {"train", "validation"} - set(loaded)
+    if missing:
+        raise InputError(f"--dataset {dataset} has no {' and no '.join(sorted(missing))} split")
+    return {split: (f"{dataset} {split}", loaded[split].to_list()) for split in SPLIT_FILES if split in loaded}
+
+
+def _check_row(row, where, needs_answer):
+    """A raw row as load_tweet_qa returns it, or InputError."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is not an object with the columns {', '.join(COLUMNS)}")
+    for column in COLUMNS:
+        if column not in row and (needs_answer or column != "Answer"):
+            raise InputError(f"{where} has no column {column!r}: it has {', '.join(map(str, row)) or 'none'}"[:500])
+    qid = row["qid"] if not isinstance(row["qid"], int) else str(row["qid"])
+    checked = {
+        "Question": _check_text(row["Question"], f"{where}: 'Question'"),
+        "Tweet": _check_text(row["Tweet"], f"{where}: 'Tweet'"),
+        "Answer": [],
+        "qid": _check_text(qid, f"{where}: 'qid'"),
+    }
+    answer = row.get("Answer")
+    if isinstance(answer, str):
+        answer = _parse_answer(answer)
+    if answer is None or answer == [] or answer == [""]:
+        if needs_answer:
+            raise InputError(f"{where}: 'Answer' is empty: at least one reference answer is needed")
+        return checked
+    if not isinstance(answer, list):
+        raise InputError(f"{where}: 'Answer' must be text or a list of texts, not {type(answer).__name__}")
+    checked["Answer"] = [_check_text(reference, f"{where}: 'Answer'") for reference in answer]
+    return checked
+
+
+def _check_text(text, where):
+    """The text itself if a tokenizer can read it, else InputError."""
+    if not isinstance(text, str):
+        raise InputError(f"{where} must be text, not {'empty (null)' if text is None else type(text).__name__}")
+    if not text.strip():
+        raise InputError(f"{where} is empty: fill it in or remove the row")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half of a surrogate pair, which is no character: mend the text") from None
+    return text
+
+
+def _parse_answer(text):
+    """The references in an Answer that is a string: those of a list written as text, else the string alone.
+
+    Lists are read as JSON, Python or numpy write them. numpy writes no commas (['a' 'b']), which Python would read as
+    the one string 'ab', so each quoted piece is read on its own.
+    """
+    try:
+        references = json.loads(text)
+        if isinstance(references, list):
+            return references
+    except (ValueError, RecursionError):
+        pass
+    quoted = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+    if re.fullmatch(rf"\[\s*{quoted}(?:[\s,]+{quoted})*[\s,]*\]", text.strip(), flags=re.DOTALL):
+        try:
+            return [ast.literal_eval(piece) for piece in re.findall(quoted, text, flags=re.DOTALL)]
+        except (SyntaxError, ValueError):
+            pass
+    return [text]
+
+
+def load_model_and_tokenizer(model_name, cached=False):
+    """Load a T5 model in float32 and its tokenizer.
+
+    model_name: a hub id or a folder with config, safetensors weights and tokenizer. No code and no pickled weights
+        from there are ever run.
+    cached: True for a hub id that this run has loaded before, so that a hub that fails meanwhile does not matter.
+
+    Returns (model in eval mode on the CPU, tokenizer). Raises InputError for what cannot be loaded completely.
+    """
+    if _is_local(model_name) and not Path(model_name).is_dir():
+        raise InputError(f"--model_name {model_name}: there is no such folder; give a hub id or a model folder")
+    if Path(model_name, "adapter_config.json").exists():
+        raise InputError(f"--model_name {model_name} is a LoRA adapter: give the folder or hub id of its base model")
+    if not _is_local(model_name) and not cached:
+        _ask_hub_once(model_name, "model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name, local_files_only=cached)
+        # float32: training keeps full-precision weights, whatever type the checkpoint was saved in.
+        model, report = AutoModelForSeq2SeqLM.from_pretrained(
+            model_name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=cached,
+        )
+    except Exception as error:
+        raise _cannot_load("--model_name", model_name, "model", error) from None
+    # transformers fills what is missing with random weights, and builds an empty vocabulary for a missing tokenizer.
+    if report["missing_keys"]:
+        raise InputError(f"--model_name {model_name}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+    if tokenizer.unk_token_id is not None and set(tokenizer("who won", add_special_tokens=False).input_ids) <= {
+        tokenizer.unk_token_id
+    }:
+        raise InputError(f"--model_name {model_name}: its tokenizer files are missing (tokenizer.json or spiece.model)")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise InputError(f"--model_name {model_name}: its tokenizer has more pieces than the model has embeddings")
+    # transformers 5 says "tied" of every T5. Saved like that, transformers 4 would tie the separate lm_head of a
+    # flan-t5 or t5-v1_1 again, silently, and answer nonsense: so the config says what the weights are.
+    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model, tokenizer
+
+
+def load_sem_model(name, device):
+    """The sentence-transformers model `name` (hub id or folder) on `device`, or None for "none".
+
+    Raises InputError if it cannot be loaded.
+    """
+    if name == "none":
+        return None
+    if _is_local(name) and not Path(name, "modules.json").is_file():
+        raise InputError(f"--sem_model {name} is no sentence-transformers folder (no modules.json); or give none")
+    if not _is_local(name):
+        _ask_hub_once(name, "model")
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(name, device=str(device))
+    except Exception as error:
+        raise _cannot_load("--sem_model", name, "similarity model", error) from None
+
+
+# ------------------------------------------------------------------------------------- prompt, tokenize, batch
+
+
+def build_prompt(question, tweet):
+    """The model's input text. T5's tokenizer turns the line breaks into spaces."""
+    return f"Question: {question}\nTweet: {tweet}\nAnswer:"
+
+
+class TweetQADataset(torch.utils.data.Dataset):
+    """Tokenized examples of a split; everything is tokenized once, here.
+
+    rows: rows of `load_tweet_qa`, each with at least one reference; the first one is the target.
+    max_input_len, max_target_len: the most tokens of a prompt and of a target, end token included; what is longer is
+        cut at its end. `cut_inputs` and `cut_targets` count those.
+
+    An item is a dict of `input_ids` and `labels` (lists of int, without padding) and `index`, its row's position.
+    """
+
+    def __init__(self, rows, tokenizer, max_input_len=256, max_target_len=32):
+        self.rows = rows
+        prompts = [build_prompt(row["Question"], row["Tweet"]) for row in rows]
+        targets = [row["Answer"][0] for row in rows]
+        self.input_ids, self.cut_inputs = _tokenize(tokenizer, max_input_len, text=prompts)
+        self.labels, self.cut_targets = _tokenize(tokenizer, max_target_len, text_target=targets)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.input_ids[index], "labels": self.labels[index], "index": index}
+
+
+def _tokenize(tokenizer, max_length, **texts):
+    """(lists of token ids cut to max_length, how many were cut)."""
+    whole = tokenizer(**texts, verbose=False).input_ids
+    cut = sum(len(ids) > max_length for ids in whole)
+    return tokenizer(**texts, truncation=True, max_length=max_length).input_ids if cut else whole, cut
+
+
+def build_collate_fn(tokenizer, pad_to_multiple_of=None):
+    """A collate function for items of `TweetQADataset`.
+
+    It returns a dict of int64 tensors: `input_ids` and `attention_mask` (batch, longest prompt), `labels` (batch,
+    longest target; padded with -100, which the loss leaves out) and `index` (batch).
+    """
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=LABEL_PAD, pad_to_multiple_of=pad_to_multiple_of)
+
+
+# --------------------------------------------------------------------------------------------------------- score
+
+
+def normalize_answer(text):
+    """SQuAD's normalization: lower case, no ASCII punctuation, no English articles, single spaces.
+
+    Rajpurkar et al., 2016, https://aclanthology.org/D16-1264 (the official evaluation script).
+    """
+    text = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction, references):
+    """1.0 if the normalized prediction equals one of the normalized references, else 0.0. A blank prediction is 0.0."""
+    if not prediction.strip():
+        return 0.0
+    return max(float(normalize_answer(prediction) == normalize_answer(r)) for r in _reference_list(references))
+
+
+def token_f1(prediction, references):
+    """Token F1 as SQuAD defines it, in [0, 1], the best over the references.
+
+    F1 = 2 P R / (P + R), with P and R the shares of the prediction's and of the reference's normalized words that
+    they have in common, counted with multiplicity. Where normalization leaves nothing of one of them, F1 is 1.0 if
+    it leaves nothing of the other either (SQuAD 2's rule). A blank prediction is 0.0.
+    """
+    if not prediction.strip():
+        return 0.0
+    words = normalize_answer(prediction).split()
+    return max(_word_f1(words, normalize_answer(reference).split()) for reference in _reference_list(references))
+
+
+def _word_f1(predicted, gold):
+    if not predicted or not gold:
+        return float(predicted == gold)
+    common = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * common / (len(predicted) + len(gold))  # 2PR / (P + R), written out
+
+
+def _reference_list(references):
+    if isinstance(references, str) or not references:
+        raise ValueError(f"references must be a list of at least one string, not {references!r}")
+    return references
+
+
+def semantic_similarity(sem_model, predictions, references):
+    """Cosine of the sentence embeddings of prediction and reference, the best over an example's references.
+
+    sem_model: a SentenceTransformer. predictions: a list of n strings. references: a list of n lists of strings.
+    Returns n floats in [-1, 1]; a blank prediction gets 0.0. Each distinct string is encoded once.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions, but references for {len(references)} examples")
+    answered = [i for i, prediction in enumerate(predictions) if prediction.strip()]
+    scores = [0.0] * len(predictions)
+    if not answered:
+        return scores
+    predicted = _embed(sem_model, {predictions[i] for i in answered})
+    gold = _embed(sem_model, {r for i in answered for r in _reference_list(references[i])})
+    for i in answered:
+        best = max(float(predicted[predictions[i]] @ gold[reference]) for reference in references[i])
+        scores[i] = min(max(best, -1.0), 1.0)  # rounding can leave a unit vector's square just above 1
+    return scores
+
+
+def _embed(sem_model, texts):
+    """{text: unit embedding} of distinct texts, in sorted order so that the same texts always share a batch."""
+    texts = sorted(texts)
+    vectors = sem_model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    return dict(zip(texts, vectors, strict=True))
+
+
+# Pictographs, dingbats, transport signs, flags and the clocks and stars that phones draw in colour. Letters and
+# typographic signs such as the copyright sign are left out on purpose.
+_EMOJI = re.compile("[\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b05-\u2b55\U0001f000-\U0001faff]")
+_QUESTION_WORDS = {"what", "who", "how", "where", "why", "which", "when", "whose"}
+
+
+def question_type(question):
+    """The first question word of a question ("what", "who", "how", "where", "why", "which", "when", "whose"), or
+    "other". "Who's", "whos" and "whom" count as "who", "what's" and "whats" as "what"."""
+    for word in re.findall(r"[a-z]+", re.sub(r"['’]", "", question.lower())):
+        for form in (word, word.removesuffix("s"), word.removesuffix("m")):
+            if form in _QUESTION_WORDS:
+                return form
+    return "other"
+
+
+def tweet_features(tweet):
+    """What a tweet holds: a dict of the five booleans that the predictions file reports."""
+    without_urls = re.sub(r"https?://\S+|www\.\S+|pic\.twitter\.com\S*", " ", tweet)
+    return {
+        "has_hashtag": bool(re.search(r"(?<!\w)[#＃]\w", without_urls)),
+        "has_handle": bool(re.search(r"(?<!\w)@\w", without_urls)),
+        "has_url": without_urls != tweet,
+        "has_number": bool(re.search(r"\d", without_urls)),
+        "has_emoji": bool(_EMOJI.search(tweet)),
+    }
+
+
+# -------------------------------------------------------------------------------------------- decode and evaluate
+
+
+@contextmanager
+def eval_mode(model):
+    """Put the model into eval mode, and every one of its modules back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def decode_batch(model, tokenizer, beams, max_target_len, **inputs):
+    """Answers (stripped strings) for a batch, by beam search; inputs go to `generate` as they are."""
+    token_ids = model.generate(**inputs, num_beams=beams, do_sample=False, max_new_tokens=max_target_len)
+    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+
+
+def evaluate(
+    model, loader, tokenizer, device, sem_model=None, beams=1, max_target_len=32, accelerator=None, title="evaluate"
+):
+    """Loss and answers of a model on a split.
+
+    model: a T5 model or a PeftModel on `device`; its train/eval mode is left as it was found.
+    loader: a DataLoader over a `TweetQADataset` with `build_collate_fn`, in any order.
+    sem_model: a SentenceTransformer, or None for no semantic similarity.
+    beams: beams of the search, 1 is greedy. max_target_len: the most tokens of an answer.
+    accelerator: the run's Accelerator, if there is one: its precision is used, and the examples of all its processes
+        are gathered, so that each of them gets the whole result.
+
+    Returns (metrics, frame). metrics: `val_loss` (mean cross entropy of a target token, in nats), `f1`, `em` and
+    `avg_sem_sim` (means over the examples, in [0, 1]; avg_sem_sim is None without a sem_model). frame: a DataFrame
+    with a row an example, in the data set's order: qid, question, tweet, references (a list), prediction, em, f1,
+    sem_sim, question_type, has_hashtag, has_handle, has_url, has_number, has_emoji.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    encoder = model.get_encoder()
+    records = []
+    bar = tqdm(loader, desc=title, unit="batch", leave=False, delay=1, disable=_no_bar(accelerator))
+    with eval_mode(model), torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
+        for batch in bar:
+            input_ids, mask, labels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
+            # One pass of the encoder serves the loss and the search. The search overwrites it, so the loss comes first.
+            encoded = encoder(input_ids=input_ids, attention_mask=mask)
+            logits = model(encoder_outputs=encoded, attention_mask=mask, labels=labels).logits
+            token_losses = F.cross_entropy(
+                logits.float().transpose(1, 2), labels, ignore_index=LABEL_PAD, reduction="none"
+            )
+            predictions = decode_batch(
+                model, tokenizer, beams, max_target_len, encoder_outputs=encoded, attention_mask=mask
+            )
+            batch_records = list(
+                zip(
+                    batch["index"].tolist(),
+                    predictions,
+                    token_losses.sum(1).tolist(),
+                    (labels != LABEL_PAD).sum(1).tolist(),
+                    strict=True,
+                )
+            )
+            # Processes repeat examples to fill their last batch; gather_for_metrics drops the repeats.
+            records += accelerator.gather_for_metrics(batch_records, True) if accelerator else batch_records
+
+    records.sort()  # by index: the order of the loader does not matter
+    rows = [loader.dataset.rows[index] for index, *_ in records]
+    predictions = [prediction for _, prediction, _, _ in records]
+    references = [row["Answer"] for row in rows]
+    frame = pd.DataFrame(
+        {
+            "qid": [row["qid"] for row in rows],
+            "question": [row["Question"] for row in rows],
+            "tweet": [row["Tweet"] for row in rows],
+            "references": references,
+            "prediction": predictions,
+            "em": [exact_match(p, r) for p, r in zip(predictions, references, strict=True)],
+            "f1": [token_f1(p, r) for p, r in zip(predictions, references, strict=True)],
+            "sem_sim": semantic_similarity(sem_model, predictions, references) if sem_model else float("nan"),
+            "question_type": [question_type(row["Question"]) for row in rows],
+        }
+    ).join(pd.DataFrame([tweet_features(row["Tweet"]) for row in rows]))
+    metrics = {
+        # Every token counts the same, as in training: a mean of batch means would favour tokens of small batches.
+        "val_loss": sum(loss for *_, loss, _ in records) / sum(tokens for *_, tokens in records),
+        "f1": float(frame["f1"].mean()),
+        "em": float(frame["em"].mean()),
+        "avg_sem_sim": float(frame["sem_sim"].mean()) if sem_model else None,
+    }
+    return metrics, frame
+
+
+def _no_bar(accelerator):
+    """tqdm's `disable`: bars only on the main process; None leaves them off where stderr is not a terminal."""
+    return True if accelerator and not accelerator.is_main_process else None
+
+
+# -------------------------------------------------------------------------------------------------------- answer
+
+
+def answer(model, tokenizer, device, question, tweet, *, beams=5, max_input_len=256, max_target_len=32, batch_size=32):
+    """Answer a question about a tweet, or many at once.
+
+    model: a T5 model or a PeftModel, on `device`; its train/eval mode is left as it was found.
+    question, tweet: two strings, or two lists of strings of the same length, answered `batch_size` at a time.
+    beams, max_input_len, max_target_len: as in training (--final_beams, --max_input_len, --max_target_len).
+
+    Returns a string, or a list of strings in the order of the questions. Raises ValueError if the lists differ in
+    length, and TypeError if one argument is a list and the other is not, or an entry is no string.
+    """
+    if isinstance(question, str) and isinstance(tweet, str):
+        questions, tweets = [question], [tweet]
+    elif isinstance(question, str) or isinstance(tweet, str):
+        raise TypeError("question and tweet must both be strings or both be lists of strings")
+    else:
+        questions, tweets = list(question), list(tweet)
+    if len(questions) != len(tweets):
+        raise ValueError(f"{len(questions)} questions, but {len(tweets)} tweets: the lists must have the same length")
+    if not all(isinstance(text, str) for text in questions + tweets):
+        raise TypeError("every question and every tweet must be a string")
+
+    answers = []
+    with eval_mode(model), torch.inference_mode():
+        for start in range(0, len(questions), batch_size):
+            chunk = slice(start, start + batch_size)
+            prompts = [build_prompt(q, t) for q, t in zip(questions[chunk], tweets[chunk], strict=True)]
+            inputs = tokenizer(
+                prompts, padding=True, truncation=True, max_length=max_input_len, return_tensors="pt"
+            ).to(device)
+            answers += decode_batch(
+                model,
+                tokenizer,
+                beams,
+                max_target_len,
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+            )
+    return answers[0] if isinstance(question, str) else answers

@@ -1,0 +1,313 @@
+"""Everything about what a run leaves on disk: writing it safely, curves, tables, model card, and reading it back.
+
+Every file is written beside its place and renamed into it, so a run that is killed at any moment leaves either the
+older file or the newer one, never half of one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from helper_functions import InputError, load_model_and_tokenizer
+
+# The versions that run.json records: what a result can depend on.
+LIBRARIES = [
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets", "sentence-transformers", "peft", "accelerate"),
+    *("pandas", "matplotlib"),
+]
+TRAIN_COLOUR, VALIDATION_COLOUR = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by every reader
+
+
+def check_is_free(folder):
+    """Raise InputError unless a new run may be written to `folder`: it is missing or empty, and can be made."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        what = "a former run" if (folder / "run.json").exists() else "other files"
+        raise InputError(f"--save_dir {folder} holds {what}: give another folder, or remove that one first")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise InputError(f"--save_dir {folder}: {nearest} is not a folder; give another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--save_dir {folder}: {nearest} cannot be written to; give another folder")
+
+
+@contextmanager
+def writing(path):
+    """Yield a path beside `path` to write to; once that is done without an error, rename it to `path`."""
+    path = Path(path)
+    beside = path.with_name(f".tmp-{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------- checkpoint
+
+
+def save_checkpoint(folder, model, tokenizer, run):
+    """Save weights (of a PeftModel: the adapter alone), tokenizer and model card at the root of `folder`.
+
+    Apart from the weights, the files are the same for each epoch, and the weights are one file that is renamed last:
+    so the folder always holds one whole checkpoint, or on the way to the first one none that loads.
+    """
+    beside = Path(folder, ".tmp-checkpoint")
+    shutil.rmtree(beside, ignore_errors=True)
+    if hasattr(model, "peft_config"):
+        # Not "auto": that asks the hub whether the vocabulary was changed, and it never is here.
+        model.save_pretrained(beside, save_embedding_layers=False)
+    else:
+        model.save_pretrained(beside, max_shard_size="1TB")
+    tokenizer.save_pretrained(beside)
+    _let_transformers_4_read(beside / "tokenizer_config.json")
+    write_model_card(beside, run)
+    for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+        os.replace(path, Path(folder, path.name))
+    beside.rmdir()
+
+
+def _let_transformers_4_read(tokenizer_config):
+    """Name T5's sentinels in tokenizer_config.json as transformers 4 and 5 both read them.
+
+    transformers 5 writes them as a list `extra_special_tokens`, for which transformers 4 wants a dict, and crashes.
+    """
+    config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder, model_name):
+    """(model, tokenizer) of the run folder that this run wrote: the whole model, or the adapter on its base.
+
+    model_name: the base model of an adapter, which this run has loaded before.
+    """
+    if not Path(folder, "adapter_config.json").exists():
+        return load_model_and_tokenizer(str(folder))
+    from peft import PeftModel
+
+    base, tokenizer = load_model_and_tokenizer(model_name, cached=True)
+    return PeftModel.from_pretrained(base, folder), tokenizer
+
+
+def checkpoint_bytes(folder):
+    """Bytes of the weights at the folder's root: the whole model, or the adapter alone."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------ tables, run.json
+
+
+def write_table(path, rows):
+    """Write rows (a list of dicts, or a DataFrame) as CSV. Floats are written in full, so they read back the same."""
+    import pandas as pd
+
+    with writing(path) as beside:
+        pd.DataFrame(rows).to_csv(beside, index=False, lineterminator="\n")
+
+
+def write_predictions(path, frame):
+    """Write the frame of `evaluate` as CSV; `references` becomes a JSON list, which `load_tweet_qa` could read too."""
+    references = [json.dumps(refs, ensure_ascii=False) for refs in frame["references"]]
+    write_table(path, frame.assign(references=references))
+
+
+def write_run_json(folder, run):
+    """Write run.json, the record of the run: see `new_run` for its fields."""
+    with writing(Path(folder, "run.json")) as beside:
+        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def new_run(method, args, device, model):
+    """The record of a run that starts now, as run.json holds it. What only the end can tell is None until then.
+
+    method: "full" or "lora". args: the parsed command line. device: a torch.device. model: the model to be trained.
+    """
+    import torch
+
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return {
+        "method": method,
+        "args": vars(args),
+        "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
+        "git_commit": _git_commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name,
+        "seed": args.seed,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "best_epoch": None,
+        "final": None,
+        "wall_time_seconds": None,
+        "peak_ram_mb": None,
+        "peak_vram_mb": None,
+        "checkpoint_bytes": None,
+    }
+
+
+def _git_commit():
+    """The commit of the code that runs, "-dirty" behind it if tracked files were changed since; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_ram_mb():
+    """The most memory (MB, resident) that this process has held so far; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # macOS counts bytes, Linux kilobytes
+
+
+# -------------------------------------------------------------------------------------------------------- curves
+
+
+def draw_curves(folder, epochs, steps):
+    """Draw loss_curve.png, val_f1_curve.png and, if similarity was measured, val_sem_sim_curve.png.
+
+    epochs: the rows of metrics.csv so far. steps: the rows of train_loss.csv so far.
+    """
+    folder = Path(folder)
+    last_steps = {row["epoch"]: row["step"] for row in steps}  # the step at which each epoch ended
+    figure, axes = _new_axes("Loss", "optimizer step", "cross entropy of a target token (nats)")
+    x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
+    axes.plot(x, losses, color=TRAIN_COLOUR, alpha=0.3, linewidth=0.8, label="training, each step")
+    axes.plot(x, _running_mean(losses), color=TRAIN_COLOUR, linewidth=1.8, label="training, running mean")
+    axes.plot(
+        [last_steps[row["epoch"]] for row in epochs],
+        [row["val_loss"] for row in epochs],
+        color=VALIDATION_COLOUR,
+        marker="o",
+        label="validation",
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    _save(figure, folder / "loss_curve.png")
+    _draw_metric(folder / "val_f1_curve.png", epochs, "f1", "Validation F1", "token F1")
+    if epochs[-1]["avg_sem_sim"] is not None:
+        title = "Validation semantic similarity"
+        _draw_metric(folder / "val_sem_sim_curve.png", epochs, "avg_sem_sim", title, "mean cosine similarity")
+
+
+def _draw_metric(path, epochs, key, title, label):
+    figure, axes = _new_axes(title, "epoch", label)
+    x, y = [row["epoch"] for row in epochs], [row[key] for row in epochs]
+    axes.plot(x, y, color=VALIDATION_COLOUR, marker="o")
+    best = max(range(len(y)), key=y.__getitem__)
+    axes.annotate(f"best {y[best]:.3f}", (x[best], y[best]), xytext=(0, 8), textcoords="offset points", ha="center")
+    axes.set_xlim(min(x) - 0.5, max(x) + 0.5)
+    axes.margins(y=0.2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def _new_axes(title, x_label, y_label):
+    from matplotlib.figure import Figure  # without pyplot: no windows, no state that outlives the drawing
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x_label, ylabel=y_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path):
+    with writing(path) as beside:
+        figure.savefig(beside, format="png")
+
+
+def _running_mean(values, window=50):
+    """The mean of the last `window` values at each place."""
+    import pandas as pd
+
+    return pd.Series(values).rolling(window, min_periods=1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------- model card
+
+
+def write_model_card(folder, run):
+    """Write the folder's README.md, the model card: base model, data, arguments, metrics, how to load.
+
+    For an adapter the fields that peft put into the card's header are kept.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    args, final = run["args"], run["final"]
+    path = Path(folder, "README.md")
+    data = ModelCard.load(path, ignore_metadata_errors=True).data if path.exists() else ModelCardData()
+    data.base_model = args["model_name"]
+    data.library_name = "peft" if run["method"] == "lora" else "transformers"
+    data.language = "en"
+    data.tags = sorted({*(data.tags or []), "question-answering", "tweet_qa", "t5"})
+    data.metrics = ["f1", "exact_match"]
+    if not os.path.isdir(args["dataset"]):
+        data.datasets = [args["dataset"]]  # the hub takes only ids of its own here
+    trained = f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters trained"
+    method = "a LoRA adapter" if run["method"] == "lora" else "a full fine-tune"
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {args['model_name']} on TweetQA",
+        "",
+        f"This is {method} of `{args['model_name']}` for question answering over tweets ({trained}), on the data set"
+        f" `{args['dataset']}`. The input is `Question: …\\nTweet: …\\nAnswer:`, the output the answer.",
+        "",
+        "## Results",
+        "",
+    ]
+    if final is None:
+        lines += ["The run that writes this folder has not finished yet.", ""]
+    else:
+        lines += [
+            f"Validation split, best epoch ({run['best_epoch']}), {args['final_beams']} beams. The epoch was chosen by"
+            " F1 on this same split, so the figures are a little optimistic.",
+            "",
+            "| metric | value |",
+            "| --- | --- |",
+            *(f"| {name} | {'not measured' if value is None else f'{value:.4f}'} |" for name, value in final.items()),
+            "",
+        ]
+    lines += ["## How to load", "", "```python", *_loading_snippet(run).splitlines(), "```", ""]
+    lines += ["## Arguments", "", "| argument | value |", "| --- | --- |"]
+    lines += [f"| `--{name}` | {_as_typed(value)} |" for name, value in args.items()]
+    with writing(path) as beside:
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _as_typed(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _loading_snippet(run):
+    name = Path(run["args"]["save_dir"]).name
+    if run["method"] == "full":
+        return f"""\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+model = AutoModelForSeq2SeqLM.from_pretrained({name!r})"""
+    return f"""\
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({name!r})
+base = AutoModelForSeq2SeqLM.from_pretrained({run["args"]["model_name"]!r})
+model = PeftModel.from_pretrained(base, {name!r})"""

