@@ -7,6 +7,8 @@ them are skipped elsewhere. No test reaches a network: hub tests talk to a stub 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it
+# The models are tiny: one thread is as fast, and does not stall when something else keeps a core busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
 import json
@@ -109,7 +111,11 @@ def data_folder(tmp_path):
 
 
 def run_script(script, *arguments, environ=None, timeout=600):
-    """Run one of the project's scripts as a user would; returns the finished process with its text output."""
+    """Run one of the project's scripts as a user would; returns the finished process with its text output.
+
+    environ: variables to set (or, with None, to leave out) beside those of the tests.
+    """
+    environ = {name: value for name, value in (os.environ | (environ or {})).items() if value is not None}
     command = [sys.executable, str(PROJECT / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=timeout)
 
