@@ -325,9 +325,7 @@ def load_model_and_tokenizer(model_name, cached=False):
     # transformers fills what is missing with random weights, and builds an empty vocabulary for a missing tokenizer.
     if report["missing_keys"]:
         raise InputError(f"--model_name {model_name}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-    if tokenizer.unk_token_id is not None and set(tokenizer("who won", add_special_tokens=False).input_ids) <= {
-        tokenizer.unk_token_id
-    }:
+    if tokenizer.decode(tokenizer("who won").input_ids, skip_special_tokens=True).strip() != "who won":
         raise InputError(f"--model_name {model_name}: its tokenizer files are missing (tokenizer.json or spiece.model)")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise InputError(f"--model_name {model_name}: its tokenizer has more pieces than the model has embeddings")

@@ -55,7 +55,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default, and the description as it is written."""
+    """Shows each default that there is, and the description as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def at_least(low):
@@ -109,8 +112,8 @@ def build_parser(description, lr, save_dir):
     add("--max_input_len", type=at_least(8), default=256, help="most tokens of a prompt; TweetQA's longest has 141")
     add("--max_target_len", type=at_least(2), default=32, help="most tokens of an answer, trained and generated")
     add("--sem_model", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id, folder, or none to switch off")
-    add("--max_train_samples", type=at_least(1), help="train on the first so many rows only")
-    add("--max_eval_samples", type=at_least(1), help="evaluate the first so many validation rows only")
+    add("--max_train_samples", type=at_least(1), help="train on the first so many rows only (default: all)")
+    add("--max_eval_samples", type=at_least(1), help="evaluate the first so many rows only (default: all)")
     return parser
 
 

@@ -1,0 +1,192 @@
+"""Each bad input ends the run with one line that names it, exit code 2, no traceback, and nothing written."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import SCRIPTS, run_script
+from safetensors.torch import load_file, save_file
+
+import tweet_qa_main
+import tweet_qa_main_lora
+
+MAIN = {"tweet_qa_main.py": tweet_qa_main.main, "tweet_qa_main_lora.py": tweet_qa_main_lora.main}
+ROW = {"Question": "who won?", "Tweet": "The Rockets won!", "Answer": ["the rockets"], "qid": "1"}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, standin):
+    """A working folder with good data in data/ and a good model in model/; arguments may name them relatively."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.json").write_text(json.dumps([ROW, ROW]))
+    (tmp_path / "model").symlink_to(standin)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files_below(folder):
+    return {
+        (str(path.relative_to(folder)), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if not path.is_dir() and "__pycache__" not in str(path)
+    }
+
+
+def assert_refused(place, capfd, message, *arguments, script="tweet_qa_main.py"):
+    """Run the script's main() in the folder and check how it ends."""
+    given = {"--model_name": "model", "--dataset": "data", "--sem_model": "none", "--save_dir": "run", "--epochs": "1"}
+    flags = [arg for arg in arguments if arg.startswith("--")]
+    argv = [word for flag, value in given.items() if flag not in flags for word in (flag, value)]
+    before = files_below(place)
+    capfd.readouterr()
+    try:
+        code = MAIN[script]([*argv, *map(str, arguments)])
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
+    assert message in err
+    assert files_below(place) == before and not (place / "run").exists()
+
+
+ARGUMENTS = {
+    "an unknown argument": (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    "no epochs": (["--epochs", "0"], "argument --epochs: must be a whole number of at least 1, not '0'"),
+    "half an epoch": (["--epochs", "1.5"], "argument --epochs: must be a whole number of at least 1, not '1.5'"),
+    "a batch of none": (["--batch_size", "-8"], "argument --batch_size: must be a whole number of at least 1"),
+    "a learning rate of 0": (["--lr", "0"], "argument --lr: must be a number above 0, not '0'"),
+    "a learning rate that is no number": (["--lr", "nan"], "argument --lr: must be a number above 0, not 'nan'"),
+    "an infinite learning rate": (["--lr", "inf"], "argument --lr: must be a number above 0, not 'inf'"),
+    "no accumulation": (["--grad_accum_steps", "0"], "argument --grad_accum_steps"),
+    "no beams": (["--final_beams", "0"], "argument --final_beams"),
+    "a negative seed": (["--seed", "-1"], "argument --seed: must be a whole number of at least 0"),
+    "a seed that numpy cannot take": (["--seed", "4294967296"], "argument --seed: must be below 2**32"),
+    "negative patience": (["--patience", "-1"], "argument --patience"),
+    "an unknown precision": (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
+    "a flag without its value": (["--lr"], "argument --lr: expected one argument"),
+    "too short a target": (["--max_target_len", "1"], "argument --max_target_len"),
+    "no samples": (["--max_train_samples", "0"], "argument --max_train_samples"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_arguments(place, capfd, case, script):
+    arguments, message = ARGUMENTS[case]
+    assert_refused(place, capfd, message, *arguments, script=script)
+
+
+LORA_ARGUMENTS = {
+    "rank 0": (["--lora_r", "0"], "argument --lora_r: must be a whole number of at least 1"),
+    "alpha 0": (["--lora_alpha", "0"], "argument --lora_alpha: must be a whole number of at least 1"),
+    "all dropped": (["--lora_dropout", "1"], "argument --lora_dropout: must be a number of at least 0 and below 1"),
+    "no matrices": (["--target_modules"], "argument --target_modules: expected at least one argument"),
+    "unknown matrices": (
+        ["--target_modules", "q", "query", "value"],
+        "--target_modules query value: this model has k, lm_head, o, q, v, wi_0, wi_1, wo",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LORA_ARGUMENTS)
+def test_wrong_lora_arguments(place, capfd, case):
+    arguments, message = LORA_ARGUMENTS[case]
+    assert_refused(place, capfd, message, *arguments, script="tweet_qa_main_lora.py")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is allowed where there is a GPU")
+def test_float16_without_a_gpu(place, capfd):
+    assert_refused(place, capfd, "--precision fp16 needs a CUDA GPU: use fp32 or bf16", "--precision", "fp16")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_data(place, capfd, script):
+    (place / "data" / "validation.json").write_text(json.dumps([ROW, ROW, ROW | {"Tweet": None}]))
+    assert_refused(place, capfd, "validation.json, row 3: 'Tweet' must be text", script=script)
+    assert_refused(place, capfd, "--dataset nowhere does not exist", "--dataset", "./nowhere", script=script)
+
+
+def copy_model(place, name, without=()):
+    shutil.copytree(place / "model", place / name, ignore=shutil.ignore_patterns(*without))
+    return place / name
+
+
+def test_wrong_models(place, capfd, minilm):
+    def refused(name, message):
+        assert_refused(place, capfd, message, "--model_name", name)
+
+    refused("./nowhere", "--model_name ./nowhere: there is no such folder")
+    refused("data/train.json", "--model_name data/train.json: there is no such folder")
+    (place / "empty").mkdir()
+    refused("empty", "--model_name empty: the model in this folder cannot be loaded")
+    copy_model(place, "no_weights", without=["*.safetensors"])
+    refused("no_weights", "--model_name no_weights: the model in this folder cannot be loaded")
+    copy_model(place, "no_tokenizer", without=["*token*"])
+    refused("no_tokenizer", "--model_name no_tokenizer: its tokenizer files are missing")
+    refused(str(minilm), "the model in this folder cannot be loaded (ValueError: Unrecognized configuration class")
+
+    whole = (place / "model" / "model.safetensors").read_bytes()
+    (copy_model(place, "cut_off") / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused("cut_off", "--model_name cut_off: the model in this folder cannot be loaded (SafetensorError")
+
+    weights = load_file(place / "model" / "model.safetensors")
+    del weights["decoder.final_layer_norm.weight"]
+    save_file(weights, copy_model(place, "lacking") / "model.safetensors", metadata={"format": "pt"})
+    refused("lacking", "--model_name lacking: its weights lack decoder.final_layer_norm.weight")
+
+    config = json.loads((place / "model" / "config.json").read_text())
+    (copy_model(place, "other_shape") / "config.json").write_text(json.dumps(config | {"d_ff": 7}))
+    refused("other_shape", "--model_name other_shape: the model in this folder cannot be loaded")
+
+    # Pickled weights could run code, so they are not even looked at.
+    pickled = copy_model(place, "pickled", without=["*.safetensors"])
+    torch.save(load_file(place / "model" / "model.safetensors"), pickled / "pytorch_model.bin")
+    refused("pickled", "--model_name pickled: the model in this folder cannot be loaded")
+
+    (copy_model(place, "adapter") / "adapter_config.json").write_text("{}")
+    refused("adapter", "--model_name adapter is a LoRA adapter: give the folder or hub id of its base model")
+
+
+def test_a_wrong_similarity_model(place, capfd):
+    message = "--sem_model ./nowhere is no sentence-transformers folder"
+    assert_refused(place, capfd, message, "--sem_model", "./nowhere")
+    assert_refused(place, capfd, "--sem_model model is no sentence-transformers folder", "--sem_model", "model")
+    (place / "broken").mkdir()
+    (place / "broken" / "modules.json").write_text("[{")
+    assert_refused(place, capfd, "--sem_model broken: the similarity model in this folder", "--sem_model", "broken")
+
+
+def test_a_save_dir_that_is_taken(place, capfd):
+    (place / "old").mkdir()
+    (place / "old" / "run.json").write_text("{}")
+    (place / "other").mkdir()
+    (place / "other" / "thesis.txt").write_text("do not lose me")
+    assert_refused(place, capfd, "--save_dir old holds a former run: give another folder", "--save_dir", "old")
+    assert_refused(place, capfd, "--save_dir other holds other files: give another folder", "--save_dir", "other")
+    message = "other/thesis.txt is not a folder; give another one"
+    assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt")
+    assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt/run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_save_dir_that_cannot_be_written(place, capfd):
+    (place / "locked").mkdir(mode=0o500)
+    assert_refused(place, capfd, "locked cannot be written to; give another folder", "--save_dir", "locked/run")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_as_a_user_sees_it(place, script):
+    """The same in a process of its own: for a wrong argument, a wrong row and a wrong model."""
+    good = {"--model_name": "model", "--dataset": "data", "--sem_model": "none", "--save_dir": "run"}
+    (place / "bad").mkdir()
+    for split in ("train", "validation"):
+        (place / "bad" / f"{split}.json").write_text(json.dumps([ROW | {"Answer": 3}]))
+    for wrong in ({"--lr": "fast"}, {"--dataset": "bad"}, {"--model_name": "./gone"}):
+        done = run_script(script, *(word for pair in (good | wrong).items() for word in pair))
+        assert done.returncode == 2 and done.stdout == "", done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert not (place / "run").exists()

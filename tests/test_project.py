@@ -1,0 +1,68 @@
+"""Promises about the project itself: what its files hold, what importing costs, and that the README tells the truth."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import PROJECT, SCRIPTS, run_script
+
+import tweet_qa_main
+import tweet_qa_main_lora
+
+
+def test_importing_the_helper_is_cheap():
+    heavy = ("sentence_transformers", "peft", "matplotlib", "accelerate", "datasets", "pandas")
+    code = f"import sys, helper_functions; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_lora_script_shows_the_adapter_and_nothing_else():
+    lines = (PROJECT / "tweet_qa_main_lora.py").read_text().splitlines()
+    assert len(lines) < 80
+    defined = re.findall(r"^(?:def|class) (\w+)", "\n".join(lines), flags=re.MULTILINE)
+    assert defined == ["dropout_rate", "add_lora", "main"]
+
+
+def test_requirements_are_pinned():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (PROJECT / name).read_text().splitlines():
+            assert re.match(r"(#|-r requirements.txt$|[\w-]+==[\w.]+( #.*)?$)", line), line
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "README.md").read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("python tweet_qa_main")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_the_commands_of_the_readme_are_understood(command, monkeypatch):
+    """Up to the point where they would load anything."""
+    _, script, *argv = shlex.split(command)
+    main = {"tweet_qa_main.py": tweet_qa_main.main, "tweet_qa_main_lora.py": tweet_qa_main_lora.main}[script]
+    seen = []
+    monkeypatch.setattr(tweet_qa_main, "run", lambda args, wrap: seen.append(args))
+    assert main(argv) == 0
+    assert seen[0].save_dir in argv
+
+
+def test_the_readme_runs_both_scripts():
+    assert {shlex.split(command)[1] for command in readme_commands()} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_tells_what_each_argument_does_and_its_default(script):
+    done = run_script(script, "--help", environ={"COLUMNS": "160"})
+    assert done.returncode == 0 and done.stderr == ""
+    arguments = re.findall(r"^  (--\w+) (.*?)(?=^  -|^\w|\Z)", done.stdout, flags=re.MULTILINE | re.DOTALL)
+    helps = {flag: " ".join(text.split()) for flag, text in arguments}
+    full = {"--lr": "0.0001", "--save_dir": "flan_t5_tweetqa_ckpt"}
+    lora = {"--lr": "0.0003", "--save_dir": "flan_t5_tweetqa_ckpt_lora", "--lora_r": "8", "--lora_alpha": "32"}
+    both = {"--model_name": "google/flan-t5-small", "--dataset": "ucsbnlp/tweet_qa", "--epochs": "5"}
+    for flag, default in (both | (full if script == "tweet_qa_main.py" else lora)).items():
+        assert helps[flag].endswith(f"(default: {default})")
+    for flag, text in helps.items():
+        assert re.fullmatch(r".+ \w.{10,} \(default: .+\)", text), flag
+    assert len(helps) >= 18
