@@ -540,14 +540,17 @@ def evaluate(
     with a row an example, in the data set's order: qid, question, tweet, references (a list), prediction, em, f1,
     sem_sim, question_type, has_hashtag, has_handle, has_url, has_number, has_emoji.
     """
-    import pandas as pd
     from tqdm.auto import tqdm
 
     encoder = model.get_encoder()
     records = []
-    bar = tqdm(loader, desc=title, unit="batch", leave=False, delay=1, disable=_no_bar(accelerator))
-    with eval_mode(model), torch.inference_mode(), accelerator.autocast() if accelerator else nullcontext():
-        for batch in bar:
+    with (
+        tqdm(total=len(loader), desc=title, unit="batch", leave=False, delay=1, disable=_no_bar(accelerator)) as bar,
+        eval_mode(model),
+        torch.inference_mode(),
+        accelerator.autocast() if accelerator else nullcontext(),
+    ):
+        for batch in loader:
             input_ids, mask, labels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
             # One pass of the encoder serves the loss and the search. The search overwrites it, so the loss comes first.
             encoded = encoder(input_ids=input_ids, attention_mask=mask)
@@ -569,24 +572,12 @@ def evaluate(
             )
             # Processes repeat examples to fill their last batch; gather_for_metrics drops the repeats.
             records += accelerator.gather_for_metrics(batch_records, True) if accelerator else batch_records
+            bar.update()
 
-    records.sort()  # by index: the order of the loader does not matter
-    rows = [loader.dataset.rows[index] for index, *_ in records]
-    predictions = [prediction for _, prediction, _, _ in records]
-    references = [row["Answer"] for row in rows]
-    frame = pd.DataFrame(
-        {
-            "qid": [row["qid"] for row in rows],
-            "question": [row["Question"] for row in rows],
-            "tweet": [row["Tweet"] for row in rows],
-            "references": references,
-            "prediction": predictions,
-            "em": [exact_match(p, r) for p, r in zip(predictions, references, strict=True)],
-            "f1": [token_f1(p, r) for p, r in zip(predictions, references, strict=True)],
-            "sem_sim": semantic_similarity(sem_model, predictions, references) if sem_model else float("nan"),
-            "question_type": [question_type(row["Question"]) for row in rows],
-        }
-    ).join(pd.DataFrame([tweet_features(row["Tweet"]) for row in rows]))
+        bar.set_description(f"{title}, scores")
+        records.sort()  # by index: the order of the loader does not matter
+        rows = [loader.dataset.rows[index] for index, *_ in records]
+        frame = _score(rows, [prediction for _, prediction, _, _ in records], sem_model)
     metrics = {
         # Every token counts the same, as in training: a mean of batch means would favour tokens of small batches.
         "val_loss": sum(loss for *_, loss, _ in records) / sum(tokens for *_, tokens in records),
@@ -595,6 +586,28 @@ def evaluate(
         "avg_sem_sim": float(frame["sem_sim"].mean()) if sem_model else None,
     }
     return metrics, frame
+
+
+def _score(rows, predictions, sem_model):
+    """The frame of `evaluate`: a row an example, with its scores."""
+    import pandas as pd
+
+    references = [row["Answer"] for row in rows]
+    pairs = list(zip(predictions, references, strict=True))
+    frame = pd.DataFrame(
+        {
+            "qid": [row["qid"] for row in rows],
+            "question": [row["Question"] for row in rows],
+            "tweet": [row["Tweet"] for row in rows],
+            "references": references,
+            "prediction": predictions,
+            "em": [exact_match(*pair) for pair in pairs],
+            "f1": [token_f1(*pair) for pair in pairs],
+            "sem_sim": semantic_similarity(sem_model, predictions, references) if sem_model else float("nan"),
+            "question_type": [question_type(row["Question"]) for row in rows],
+        }
+    )
+    return frame.join(pd.DataFrame([tweet_features(row["Tweet"]) for row in rows]))
 
 
 def _no_bar(accelerator):

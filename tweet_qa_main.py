@@ -327,7 +327,7 @@ def run(args, wrap=None):
             break
 
     # The figures that count come from what stands on disk, which is what will be used.
-    del model, optimizer
+    del model, optimizer, schedule  # the schedule holds the optimizer, and that the weights and its two moments
     accelerator.free_memory()
     accelerator.wait_for_everyone()
     best_model, best_tokenizer = run_folder.load_checkpoint(folder, args.model_name)
