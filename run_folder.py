@@ -182,12 +182,16 @@ def draw_curves(folder, epochs, steps):
 
     epochs: the rows of metrics.csv so far. steps: the rows of train_loss.csv so far.
     """
+    import pandas as pd
+
     folder = Path(folder)
     last_steps = {row["epoch"]: row["step"] for row in steps}  # the step at which each epoch ended
     figure, axes = _new_axes("Loss", "optimizer step", "cross entropy of a target token (nats)")
     x, losses = [row["step"] for row in steps], [row["loss"] for row in steps]
     axes.plot(x, losses, color=TRAIN_COLOUR, alpha=0.3, linewidth=0.8, label="training, each step")
-    axes.plot(x, _running_mean(losses), color=TRAIN_COLOUR, linewidth=1.8, label="training, running mean")
+    window = max(1, len(losses) // 30)  # wide enough to be smooth, narrow enough not to lag behind
+    mean = pd.Series(losses).rolling(window, min_periods=1).mean()
+    axes.plot(x, mean, color=TRAIN_COLOUR, linewidth=1.8, label=f"training, mean of {window}" if window > 1 else None)
     axes.plot(
         [last_steps[row["epoch"]] for row in epochs],
         [row["val_loss"] for row in epochs],
@@ -211,7 +215,9 @@ def _draw_metric(path, epochs, key, title, label):
     best = max(range(len(y)), key=y.__getitem__)
     axes.annotate(f"best {y[best]:.3f}", (x[best], y[best]), xytext=(0, 8), textcoords="offset points", ha="center")
     axes.set_xlim(min(x) - 0.5, max(x) + 0.5)
-    axes.margins(y=0.2)
+    low, high = min(y), max(y)
+    room = 0.15 * (high - low) or 0.05
+    axes.set_ylim(low - room if low < 0 else max(0, low - room), high + room)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
 
@@ -229,13 +235,6 @@ def _new_axes(title, x_label, y_label):
 def _save(figure, path):
     with writing(path) as beside:
         figure.savefig(beside, format="png")
-
-
-def _running_mean(values, window=50):
-    """The mean of the last `window` values at each place."""
-    import pandas as pd
-
-    return pd.Series(values).rolling(window, min_periods=1).mean()
 
 
 # ---------------------------------------------------------------------------------------------------- model card
