@@ -20,7 +20,9 @@ import io
 import json
 import logging
 import os
+import random
 import re
+import shutil
 import string
 import sys
 import threading
@@ -33,6 +35,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq
+from transformers.modeling_outputs import BaseModelOutput
 
 COLUMNS = ("Question", "Tweet", "Answer", "qid")
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
@@ -295,19 +298,51 @@ def _parse_answer(text):
     return [text]
 
 
-def load_model_and_tokenizer(model_name, cached=False):
+def tweet_key(tweet):
+    """What makes two tweets the same one: their text without case and spacing."""
+    return " ".join(tweet.split()).casefold()
+
+
+def hold_out(rows, count, seed, taken=frozenset()):
+    """Choose rows to set aside, by tweet: all the rows of a tweet, or none.
+
+    count: how many rows; a few less are chosen where whole tweets do not add up to it. seed: of the choice.
+    taken: tweet keys that may not be chosen, such as those of the split that the checkpoint is chosen on.
+
+    Returns the positions of the chosen rows in increasing order. Raises InputError if nothing would be left.
+    """
+    groups = {}
+    for position, row in enumerate(rows):
+        groups.setdefault(tweet_key(row["Tweet"]), []).append(position)
+    chosen = []
+    for key in random.Random(seed).sample(sorted(groups), len(groups)):
+        if key not in taken and len(chosen) + len(groups[key]) <= count:
+            chosen += groups[key]
+    if not chosen or len(chosen) == len(rows):
+        raise InputError(f"--holdout {count}: cannot set that many of {len(rows)} training rows aside; give fewer")
+    return sorted(chosen)
+
+
+def count_repeats(rows):
+    """How many rows say again what an earlier row says: the same question and answer about the same tweet."""
+    distinct = {(row["Question"].casefold(), tweet_key(row["Tweet"]), *row["Answer"][:1]) for row in rows}
+    return len(rows) - len(distinct)
+
+
+def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
     """Load a T5 model in float32 and its tokenizer.
 
     model_name: a hub id or a folder with config, safetensors weights and tokenizer. No code and no pickled weights
         from there are ever run.
     cached: True for a hub id that this run has loaded before, so that a hub that fails meanwhile does not matter.
+    flag: the argument that an error message names.
 
     Returns (model in eval mode on the CPU, tokenizer). Raises InputError for what cannot be loaded completely.
     """
     if _is_local(model_name) and not Path(model_name).is_dir():
-        raise InputError(f"--model_name {model_name}: there is no such folder; give a hub id or a model folder")
+        raise InputError(f"{flag} {model_name}: there is no such folder; give a hub id or a model folder")
     if Path(model_name, "adapter_config.json").exists():
-        raise InputError(f"--model_name {model_name} is a LoRA adapter: give the folder or hub id of its base model")
+        raise InputError(f"{flag} {model_name} is a LoRA adapter: give the folder or hub id of its base model")
     if not _is_local(model_name) and not cached:
         _ask_hub_once(model_name, "model")
     try:
@@ -321,14 +356,14 @@ def load_model_and_tokenizer(model_name, cached=False):
             local_files_only=cached,
         )
     except Exception as error:
-        raise _cannot_load("--model_name", model_name, "model", error) from None
+        raise _cannot_load(flag, model_name, "model", error) from None
     # transformers fills what is missing with random weights, and builds an empty vocabulary for a missing tokenizer.
     if report["missing_keys"]:
-        raise InputError(f"--model_name {model_name}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
+        raise InputError(f"{flag} {model_name}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     if tokenizer.decode(tokenizer("who won").input_ids, skip_special_tokens=True).strip() != "who won":
-        raise InputError(f"--model_name {model_name}: its tokenizer files are missing (tokenizer.json or spiece.model)")
+        raise InputError(f"{flag} {model_name}: its tokenizer files are missing (tokenizer.json or spiece.model)")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(f"--model_name {model_name}: its tokenizer has more pieces than the model has embeddings")
+        raise InputError(f"{flag} {model_name}: its tokenizer has more pieces than the model has embeddings")
     # transformers 5 says "tied" of every T5. Saved like that, transformers 4 would tie the separate lm_head of a
     # flan-t5 or t5-v1_1 again, silently, and answer nonsense: so the config says what the weights are.
     model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -365,7 +400,8 @@ def build_prompt(question, tweet):
 class TweetQADataset(torch.utils.data.Dataset):
     """Tokenized examples of a split; everything is tokenized once, here.
 
-    rows: rows of `load_tweet_qa`, each with at least one reference; the first one is the target.
+    rows: rows of `load_tweet_qa`; the first reference is the target. Where a row has none, as in an unlabeled test
+        split, the data set has no `labels` at all: it can be predicted, but not trained on or scored.
     max_input_len, max_target_len: the most tokens of a prompt and of a target, end token included; what is longer is
         cut at its end. `cut_inputs` and `cut_targets` count those.
 
@@ -375,15 +411,18 @@ class TweetQADataset(torch.utils.data.Dataset):
     def __init__(self, rows, tokenizer, max_input_len=256, max_target_len=32):
         self.rows = rows
         prompts = [build_prompt(row["Question"], row["Tweet"]) for row in rows]
-        targets = [row["Answer"][0] for row in rows]
         self.input_ids, self.cut_inputs = _tokenize(tokenizer, max_input_len, text=prompts)
-        self.labels, self.cut_targets = _tokenize(tokenizer, max_target_len, text_target=targets)
+        self.labels, self.cut_targets = None, 0
+        if all(row["Answer"] for row in rows):
+            targets = [row["Answer"][0] for row in rows]
+            self.labels, self.cut_targets = _tokenize(tokenizer, max_target_len, text_target=targets)
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return {"input_ids": self.input_ids[index], "labels": self.labels[index], "index": index}
+        item = {"input_ids": self.input_ids[index], "index": index}
+        return item if self.labels is None else item | {"labels": self.labels[index]}
 
 
 def _tokenize(tokenizer, max_length, **texts):
@@ -474,6 +513,100 @@ def _embed(sem_model, texts):
     return dict(zip(texts, vectors, strict=True))
 
 
+def leaderboard_scores(predictions, references):
+    """BLEU-1, ROUGE-L and METEOR of each example, as TweetQA's official evaluation script (tweetqa_eval.py) has them.
+
+    predictions: a list of n strings. references: a list of n lists of strings, all of which count at once.
+    Returns {"bleu1": [...], "rougeL": [...], "meteor": [...]}, n floats in [0, 1] each. METEOR needs Java: where none
+    runs, the key "meteor" is missing. A blank prediction gets 0.0 in all three.
+
+    Both sides are normalized by `normalize_answer`, then scored by the components that the script uses:
+    bleu1: Papineni et al., 2002, https://aclanthology.org/P02-1040, nltk's sentence_bleu for unigrams: precision,
+        clipped by the reference that has most of a word, times the brevity penalty against the reference of nearest
+        length.
+    rougeL: Lin, 2004, https://aclanthology.org/W04-1013, pycocoevalcap's Rouge: F with beta = 1.2 of the longest common
+        subsequence, from the best precision and the best recall over the references, not always of the same one.
+        Where normalization leaves nothing of the prediction ("!") and nothing of a reference, it is 1.0.
+    meteor: Denkowski and Lavie, 2014, https://aclanthology.org/W14-3348, pycocoevalcap's Meteor (version 1.5, English,
+        with its stems, synonyms and paraphrases), the best over the references.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions, but references for {len(references)} examples")
+    # {index: the normalized texts}, without the blank predictions: the form that pycocoevalcap takes.
+    answered = [i for i, prediction in enumerate(predictions) if prediction.strip()]
+    predicted = {i: [normalize_answer(predictions[i])] for i in answered}
+    gold = {i: [normalize_answer(reference) for reference in _reference_list(references[i])] for i in answered}
+    columns = {
+        "bleu1": _bleu1_scores(predicted, gold),
+        "rougeL": _rouge_scores(predicted, gold),
+        "meteor": _meteor_scores(predicted, gold),
+    }
+    return {
+        name: [column.get(i, 0.0) for i in range(len(predictions))]
+        for name, column in columns.items()
+        if column is not None
+    }
+
+
+def _bleu1_scores(predicted, gold):
+    """{index: BLEU-1} of normalized texts."""
+    from nltk.translate.bleu_score import sentence_bleu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of each answer without a common bigram, though their weight is 0
+        return {
+            i: float(sentence_bleu([text.split() for text in gold[i]], text.split(), weights=(1, 0, 0, 0)))
+            for i, [text] in predicted.items()
+        }
+
+
+def _rouge_scores(predicted, gold):
+    """{index: ROUGE-L} of normalized texts."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    rouge = Rouge()
+    return {i: rouge.calc_score(texts, gold[i]) for i, texts in predicted.items()}
+
+
+def _meteor_scores(predicted, gold):
+    """{index: METEOR} of normalized texts, or None where Java is missing or does not run. It loads for seconds."""
+    if not shutil.which("java"):
+        return None
+    if not predicted:  # METEOR takes an empty list for an error
+        return {}
+    try:
+        with _meteor() as meteor:
+            _, scores = meteor.compute_score(gold, predicted)
+    except UnicodeError:  # half of a surrogate pair: a fault of the text, not of Java
+        raise
+    except (OSError, ValueError):  # it could not be started, or ended and left no number to read
+        return None
+    return dict(zip(predicted, scores, strict=True))
+
+
+@contextmanager
+def _meteor():
+    """A pycocoevalcap Meteor whose Java process is gone afterwards, whatever happens, Ctrl-C included."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    before = os.environ.get("JAVA_TOOL_OPTIONS")
+    # Where the system's language writes 0,5 for a half, METEOR fails to read its own numbers.
+    os.environ["JAVA_TOOL_OPTIONS"] = f"{before or ''} -Duser.language=en -Duser.country=US"
+    try:
+        meteor = Meteor()
+    finally:
+        del os.environ["JAVA_TOOL_OPTIONS"]
+        if before is not None:
+            os.environ["JAVA_TOOL_OPTIONS"] = before
+    try:
+        yield meteor
+    finally:
+        # Its own clean-up, __del__, waits for ever for a lock that compute_score keeps when it is interrupted.
+        meteor.lock = threading.Lock()
+        meteor.meteor_p.kill()
+        meteor.meteor_p.communicate()  # closes the pipes and waits for the end
+
+
 # Pictographs, dingbats, transport signs, flags and the clocks and stars that phones draw in colour. Letters and
 # typographic signs such as the copyright sign are left out on purpose.
 _EMOJI = re.compile("[\u231a\u231b\u23e9-\u23fa\u2600-\u27bf\u2b05-\u2b55\U0001f000-\U0001faff]")
@@ -517,16 +650,93 @@ def eval_mode(model):
             module.training = training
 
 
-def decode_batch(model, tokenizer, beams, max_target_len, **inputs):
-    """Answers (stripped strings) for a batch, by beam search; inputs go to `generate` as they are."""
-    token_ids = model.generate(**inputs, num_beams=beams, do_sample=False, max_new_tokens=max_target_len)
-    return [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+def decode_batch(model, tokenizer, encoded, mask, beams, max_target_len):
+    """Beam search over a batch.
+
+    encoded: the encoder's output, (batch, input length, width). mask: its attention mask, (batch, input length).
+    beams: 1 is greedy. max_target_len: the most tokens of an answer, end token included.
+
+    Returns (answers, token_ids): stripped strings, and int64 (batch, answer length), padded with -100.
+    """
+    token_ids = model.generate(
+        # generate repeats the tensors in its encoder_outputs for each beam, in place: so it gets an object of its own.
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+        attention_mask=mask,
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=max_target_len,
+    )[:, 1:]  # without the token that every answer starts from
+    answers = [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
+    return answers, token_ids.masked_fill(token_ids == tokenizer.pad_token_id, LABEL_PAD)
+
+
+def token_log_probs(model, encoded, mask, labels):
+    """The log-probability (nats) of each token of `labels` given the input and the tokens before it.
+
+    encoded, mask: as in `decode_batch`. labels: int64 (batch, length), padded with -100. Returns float32 of the same
+    shape, 0 at the padding.
+    """
+    logits = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded), attention_mask=mask, labels=labels
+    ).logits
+    return -F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=LABEL_PAD, reduction="none")
+
+
+def predict(model, loader, tokenizer, device, beams=1, max_target_len=32, accelerator=None, title="predict"):
+    """Answers of a model to a split, labeled or not; the arguments are those of `evaluate`.
+
+    Returns a DataFrame with a row an example, in the data set's order: `prediction`; `token_logprob`, the mean
+    log-probability (nats) of the prediction's tokens, end token included, which is the beam search's own score at its
+    default length penalty of 1; `loss`, the summed cross entropy of the target's `target_tokens` tokens, both 0 where
+    there is no target.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    encoder = model.get_encoder()
+    records = []
+    bar_off = True if accelerator and not accelerator.is_main_process else None  # None: off where there is no terminal
+    with (
+        tqdm(total=len(loader), desc=title, unit="batch", leave=False, delay=1, disable=bar_off) as bar,
+        eval_mode(model),
+        torch.inference_mode(),
+        accelerator.autocast() if accelerator else nullcontext(),
+    ):
+        for batch in loader:
+            mask = batch["attention_mask"].to(device)
+            # One pass of the encoder serves the search, its score and the loss.
+            encoded = encoder(input_ids=batch["input_ids"].to(device), attention_mask=mask).last_hidden_state
+            answers, token_ids = decode_batch(model, tokenizer, encoded, mask, beams, max_target_len)
+            labels = batch.get("labels")  # none for an unlabeled split
+            labels = torch.full_like(token_ids, LABEL_PAD) if labels is None else labels.to(device)
+            losses = -token_log_probs(model, encoded, mask, labels).sum(1)
+            scores = _mean_log_probs(model, encoded, mask, token_ids)
+            columns = (batch["index"], scores, losses, (labels != LABEL_PAD).sum(1))
+            batch_records = list(zip(*(column.tolist() for column in columns), answers, strict=True))
+            # Processes repeat examples to fill their last batch; gather_for_metrics drops the repeats.
+            records += accelerator.gather_for_metrics(batch_records, True) if accelerator else batch_records
+            bar.update()
+    names = ["index", "token_logprob", "loss", "target_tokens", "prediction"]
+    return pd.DataFrame(records, columns=names).sort_values("index").drop(columns="index").reset_index(drop=True)
+
+
+def _mean_log_probs(model, encoded, mask, token_ids):
+    """(batch,): the mean log-probability of the tokens of each answer that `decode_batch` gave."""
+    return token_log_probs(model, encoded, mask, token_ids).sum(1) / (token_ids != LABEL_PAD).sum(1)
 
 
 def evaluate(
-    model, loader, tokenizer, device, sem_model=None, beams=1, max_target_len=32, accelerator=None, title="evaluate"
+    model,
+    loader,
+    tokenizer,
+    device,
+    sem_model=None,
+    beams=1,
+    max_target_len=32,
+    accelerator=None,
+    title="evaluate",
 ):
-    """Loss and answers of a model on a split.
+    """Loss, answers and scores of a model on a labeled split.
 
     model: a T5 model or a PeftModel on `device`; its train/eval mode is left as it was found.
     loader: a DataLoader over a `TweetQADataset` with `build_collate_fn`, in any order.
@@ -536,64 +746,25 @@ def evaluate(
         are gathered, so that each of them gets the whole result.
 
     Returns (metrics, frame). metrics: `val_loss` (mean cross entropy of a target token, in nats), `f1`, `em` and
-    `avg_sem_sim` (means over the examples, in [0, 1]; avg_sem_sim is None without a sem_model). frame: a DataFrame
-    with a row an example, in the data set's order: qid, question, tweet, references (a list), prediction, em, f1,
-    sem_sim, question_type, has_hashtag, has_handle, has_url, has_number, has_emoji.
+    `avg_sem_sim` (means over the examples, in [0, 1]; avg_sem_sim is None without a sem_model). frame: a DataFrame with
+    a row an example, in the data set's order: qid, question, tweet, references (a list), prediction, em, f1, sem_sim,
+    token_logprob (see `predict`), question_type, has_hashtag, has_handle, has_url, has_number, has_emoji.
     """
-    from tqdm.auto import tqdm
-
-    encoder = model.get_encoder()
-    records = []
-    with (
-        tqdm(total=len(loader), desc=title, unit="batch", leave=False, delay=1, disable=_no_bar(accelerator)) as bar,
-        eval_mode(model),
-        torch.inference_mode(),
-        accelerator.autocast() if accelerator else nullcontext(),
-    ):
-        for batch in loader:
-            input_ids, mask, labels = (batch[key].to(device) for key in ("input_ids", "attention_mask", "labels"))
-            # One pass of the encoder serves the loss and the search. The search overwrites it, so the loss comes first.
-            encoded = encoder(input_ids=input_ids, attention_mask=mask)
-            logits = model(encoder_outputs=encoded, attention_mask=mask, labels=labels).logits
-            token_losses = F.cross_entropy(
-                logits.float().transpose(1, 2), labels, ignore_index=LABEL_PAD, reduction="none"
-            )
-            predictions = decode_batch(
-                model, tokenizer, beams, max_target_len, encoder_outputs=encoded, attention_mask=mask
-            )
-            batch_records = list(
-                zip(
-                    batch["index"].tolist(),
-                    predictions,
-                    token_losses.sum(1).tolist(),
-                    (labels != LABEL_PAD).sum(1).tolist(),
-                    strict=True,
-                )
-            )
-            # Processes repeat examples to fill their last batch; gather_for_metrics drops the repeats.
-            records += accelerator.gather_for_metrics(batch_records, True) if accelerator else batch_records
-            bar.update()
-
-        bar.set_description(f"{title}, scores")
-        records.sort()  # by index: the order of the loader does not matter
-        rows = [loader.dataset.rows[index] for index, *_ in records]
-        frame = _score(rows, [prediction for _, prediction, _, _ in records], sem_model)
-    metrics = {
-        # Every token counts the same, as in training: a mean of batch means would favour tokens of small batches.
-        "val_loss": sum(loss for *_, loss, _ in records) / sum(tokens for *_, tokens in records),
-        "f1": float(frame["f1"].mean()),
-        "em": float(frame["em"].mean()),
-        "avg_sem_sim": float(frame["sem_sim"].mean()) if sem_model else None,
-    }
-    return metrics, frame
-
-
-def _score(rows, predictions, sem_model):
-    """The frame of `evaluate`: a row an example, with its scores."""
     import pandas as pd
 
-    references = [row["Answer"] for row in rows]
+    rows = loader.dataset.rows
+    predicted = predict(model, loader, tokenizer, device, beams, max_target_len, accelerator, title)
+    predictions, references = predicted["prediction"].tolist(), [row["Answer"] for row in rows]
     pairs = list(zip(predictions, references, strict=True))
+    scores = {
+        "em": [exact_match(*pair) for pair in pairs],
+        "f1": [token_f1(*pair) for pair in pairs],
+        "sem_sim": semantic_similarity(sem_model, predictions, references) if sem_model else None,
+    }
+    means = {name: None if values is None else float(pd.Series(values).mean()) for name, values in scores.items()}
+    means["avg_sem_sim"] = means.pop("sem_sim")
+    # Every token counts the same, as in training: a mean of batch means would favour tokens of small batches.
+    metrics = {"val_loss": float(predicted["loss"].sum() / predicted["target_tokens"].sum()), **means}
     frame = pd.DataFrame(
         {
             "qid": [row["qid"] for row in rows],
@@ -601,29 +772,38 @@ def _score(rows, predictions, sem_model):
             "tweet": [row["Tweet"] for row in rows],
             "references": references,
             "prediction": predictions,
-            "em": [exact_match(*pair) for pair in pairs],
-            "f1": [token_f1(*pair) for pair in pairs],
-            "sem_sim": semantic_similarity(sem_model, predictions, references) if sem_model else float("nan"),
+            **{name: float("nan") if values is None else values for name, values in scores.items()},
+            "token_logprob": predicted["token_logprob"],
             "question_type": [question_type(row["Question"]) for row in rows],
         }
     )
-    return frame.join(pd.DataFrame([tweet_features(row["Tweet"]) for row in rows]))
-
-
-def _no_bar(accelerator):
-    """tqdm's `disable`: bars only on the main process; None leaves them off where stderr is not a terminal."""
-    return True if accelerator and not accelerator.is_main_process else None
+    return metrics, frame.join(pd.DataFrame([tweet_features(row["Tweet"]) for row in rows]))
 
 
 # -------------------------------------------------------------------------------------------------------- answer
 
 
-def answer(model, tokenizer, device, question, tweet, *, beams=5, max_input_len=256, max_target_len=32, batch_size=32):
+def answer(
+    model,
+    tokenizer,
+    device,
+    question,
+    tweet,
+    *,
+    beams=5,
+    max_input_len=256,
+    max_target_len=32,
+    batch_size=32,
+    return_score=False,
+):
     """Answer a question about a tweet, or many at once.
 
     model: a T5 model or a PeftModel, on `device`; its train/eval mode is left as it was found.
     question, tweet: two strings, or two lists of strings of the same length, answered `batch_size` at a time.
     beams, max_input_len, max_target_len: as in training (--final_beams, --max_input_len, --max_target_len).
+
+    return_score: whether to return (answer, score), for lists (answers, scores). A score is the mean log-probability
+        (nats, at most 0) of the answer's tokens: the nearer to 0, the surer the model.
 
     Returns a string, or a list of strings in the order of the questions. Raises ValueError if the lists differ in
     length, and TypeError if one argument is a list and the other is not, or an entry is no string.
@@ -639,7 +819,7 @@ def answer(model, tokenizer, device, question, tweet, *, beams=5, max_input_len=
     if not all(isinstance(text, str) for text in questions + tweets):
         raise TypeError("every question and every tweet must be a string")
 
-    answers = []
+    answers, scores = [], []
     with eval_mode(model), torch.inference_mode():
         for start in range(0, len(questions), batch_size):
             chunk = slice(start, start + batch_size)
@@ -647,12 +827,12 @@ def answer(model, tokenizer, device, question, tweet, *, beams=5, max_input_len=
             inputs = tokenizer(
                 prompts, padding=True, truncation=True, max_length=max_input_len, return_tensors="pt"
             ).to(device)
-            answers += decode_batch(
-                model,
-                tokenizer,
-                beams,
-                max_target_len,
-                input_ids=inputs.input_ids,
-                attention_mask=inputs.attention_mask,
-            )
-    return answers[0] if isinstance(question, str) else answers
+            mask = inputs.attention_mask
+            encoded = model.get_encoder()(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
+            texts, token_ids = decode_batch(model, tokenizer, encoded, mask, beams, max_target_len)
+            answers += texts
+            if return_score:
+                scores += _mean_log_probs(model, encoded, mask, token_ids).tolist()
+    if isinstance(question, str):
+        answers, scores = answers[0], scores[0] if scores else None
+    return (answers, scores) if return_score else answers

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from helper_functions import InputError, load_model_and_tokenizer
+from helper_functions import InputError, load_model_and_tokenizer, normalize_answer, one_line
 
 # The versions that run.json records: what a result can depend on.
 LIBRARIES = [
@@ -35,6 +35,17 @@ def check_is_free(folder):
         raise InputError(f"--save_dir {folder}: {nearest} is not a folder; give another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"--save_dir {folder}: {nearest} cannot be written to; give another folder")
+
+
+def check_holds_checkpoint(folder):
+    """Raise InputError unless `folder` holds a checkpoint to evaluate, a whole model or an adapter."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint")
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise InputError(f"--save_dir {folder} holds no checkpoint (no config.json, no adapter_config.json)")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--save_dir {folder} cannot be written to; copy it to a place of your own")
 
 
 @contextmanager
@@ -84,17 +95,25 @@ def _let_transformers_4_read(tokenizer_config):
         tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder, model_name):
-    """(model, tokenizer) of the run folder that this run wrote: the whole model, or the adapter on its base.
+def load_checkpoint(folder, model_name=None, cached=False):
+    """(model, tokenizer) of a run folder: the whole model, or the adapter on its base.
 
-    model_name: the base model of an adapter, which this run has loaded before.
+    model_name: the base model of an adapter, a hub id or a folder; None for the one that the adapter names.
+    cached: whether this run has loaded that base before. Raises InputError for what cannot be loaded.
     """
     if not Path(folder, "adapter_config.json").exists():
-        return load_model_and_tokenizer(str(folder))
-    from peft import PeftModel
+        return load_model_and_tokenizer(str(folder), flag="--save_dir")
+    from peft import PeftConfig, PeftModel
 
-    base, tokenizer = load_model_and_tokenizer(model_name, cached=True)
-    return PeftModel.from_pretrained(base, folder), tokenizer
+    try:
+        base_name = model_name or PeftConfig.from_pretrained(folder).base_model_name_or_path
+        base, tokenizer = load_model_and_tokenizer(base_name, cached)
+        return PeftModel.from_pretrained(base, folder), tokenizer
+    except InputError:
+        raise
+    except Exception as error:  # whatever peft says of a config or weights that are not its own
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"--save_dir {folder}: the adapter in this folder cannot be loaded ({reason})") from None
 
 
 def checkpoint_bytes(folder):
@@ -117,6 +136,25 @@ def write_predictions(path, frame):
     """Write the frame of `evaluate` as CSV; `references` becomes a JSON list, which `load_tweet_qa` could read too."""
     references = [json.dumps(refs, ensure_ascii=False) for refs in frame["references"]]
     write_table(path, frame.assign(references=references))
+
+
+def write_test_answers(path, rows, predictions):
+    """Write the leaderboard's file: a list of {"qid", "Answer"}, one a row in row order, repeated qids included."""
+    answers = [{"qid": row["qid"], "Answer": text} for row, text in zip(rows, predictions, strict=True)]
+    with writing(path) as beside:
+        beside.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_run_json(folder):
+    """The record of the run in `folder`, or None if there is no run.json. Raises InputError for one that is damaged."""
+    path = Path(folder, "run.json")
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return run if run["args"] and run["method"] else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
 
 def write_run_json(folder, run):
@@ -237,6 +275,92 @@ def _save(figure, path):
         figure.savefig(beside, format="png")
 
 
+# ----------------------------------------------------------------------------------------------------- breakdown
+
+WELL_POPULATED = 20  # below that, a slice's interval is too wide to tell it from the others
+
+
+def breakdown(frame):
+    """Where the model fails: scores by slices of the examples.
+
+    frame: a frame of `evaluate`. Returns a DataFrame with a row a slice: feature, value, count, em and f1 with the
+    bounds of their 95 % intervals (em_low, em_high, ...), sem_sim. The worst F1 of the well populated slices stands
+    first; the slices of fewer than WELL_POPULATED examples come after all of those, the same way.
+    """
+    import pandas as pd
+
+    slices = {"question": frame["question_type"], "answer length": _answer_lengths(frame)}
+    slices["span"] = _stands_in_tweet(frame).map({True: "answer in the tweet", False: "answer not in the tweet"})
+    for name in ("hashtag", "handle", "url", "number", "emoji"):
+        slices[name] = frame[f"has_{name}"].map({True: f"with {name}", False: f"without {name}"})
+    rows = []
+    for feature, values in slices.items():
+        if values.nunique() == 1:  # says nothing beside the other side
+            continue
+        for value, part in frame.groupby(values):
+            row = {"feature": feature, "value": value, "count": len(part)}
+            for metric in ("em", "f1"):
+                low, high = _mean_interval(part[metric].to_numpy())
+                row |= {metric: part[metric].mean(), f"{metric}_low": low, f"{metric}_high": high}
+            rows.append(row | {"sem_sim": part["sem_sim"].mean()})
+    columns = "feature value count em em_low em_high f1 f1_low f1_high sem_sim".split()
+    table = pd.DataFrame(rows, columns=columns)
+    small = table["count"] < WELL_POPULATED
+    return (
+        table.assign(small=small).sort_values(["small", "f1", "feature"]).drop(columns="small").reset_index(drop=True)
+    )
+
+
+def _answer_lengths(frame):
+    """The number of words of each example's first reference, in four classes."""
+    import pandas as pd
+
+    words = frame["references"].map(lambda references: len(references[0].split()))
+    return pd.cut(words, [0, 1, 2, 5, 10**9], labels=["1 word", "2 words", "3-5 words", "6+ words"]).astype(str)
+
+
+def _stands_in_tweet(frame):
+    """Whether one of the references stands in the tweet, word for word once both are normalized."""
+
+    def stands(row):
+        tweet = f" {normalize_answer(row['tweet'])} "
+        return any(f" {normalize_answer(reference)} " in tweet for reference in row["references"])
+
+    return frame[["tweet", "references"]].apply(stands, axis=1)
+
+
+def _mean_interval(values, resamples=2000):
+    """Bounds of the 95 % percentile bootstrap interval of a mean (Efron, 1979), with a fixed seed."""
+    import numpy as np
+
+    picks = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    return low, high
+
+
+def draw_breakdown(path, table, overall):
+    """Draw a breakdown: F1 of each slice with its interval, in the table's order, and the `overall` F1 as a line."""
+    figure, axes = _new_axes("F1 by slice of the validation split, 95 % intervals", "token F1", "")
+    figure.set_size_inches(7.5, 1.4 + 0.27 * len(table))
+    places = range(len(table))
+    for place, row in zip(places, table.to_dict("records"), strict=True):
+        colour = VALIDATION_COLOUR if row["count"] >= WELL_POPULATED else "#999999"
+        axes.plot([row["f1_low"], row["f1_high"]], [place, place], color=colour, linewidth=2, alpha=0.5)
+        axes.plot(row["f1"], place, "o", color=colour)
+    axes.axvline(overall, color=TRAIN_COLOUR, linestyle="--", linewidth=1.2)
+    axes.annotate(f"all: {overall:.3f}", (overall, -0.9), color=TRAIN_COLOUR, ha="center", va="bottom", fontsize=9)
+    names = [
+        f"{row['feature']}: {row['value']}" if row["feature"] in ("question", "answer length") else row["value"]
+        for row in table.to_dict("records")
+    ]
+    axes.set_yticks(places, [f"{name} ({n})" for name, n in zip(names, table["count"], strict=True)])
+    axes.set_ylim(len(table) - 0.4, -1.2)  # the worst on top
+    axes.set_xlim(-0.02, 1.02)
+    if (table["count"] < WELL_POPULATED).any():
+        axes.set_xlabel(f"token F1 (grey: fewer than {WELL_POPULATED} examples)")
+    _save(figure, path)
+
+
 # ---------------------------------------------------------------------------------------------------- model card
 
 
@@ -281,14 +405,21 @@ def write_model_card(folder, run):
             "",
             "| metric | value |",
             "| --- | --- |",
-            *(f"| {name} | {'not measured' if value is None else f'{value:.4f}'} |" for name, value in final.items()),
+            *_metric_rows(final),
             "",
         ]
+        if run.get("holdout"):
+            held = f"{len(run['holdout']['rows'])} rows of train that were set aside, by tweet, before training:"
+            lines += [held, "", "| metric | value |", "| --- | --- |", *_metric_rows(run["holdout"]["metrics"]), ""]
     lines += ["## How to load", "", "```python", *_loading_snippet(run).splitlines(), "```", ""]
     lines += ["## Arguments", "", "| argument | value |", "| --- | --- |"]
     lines += [f"| `--{name}` | {_as_typed(value)} |" for name, value in args.items()]
     with writing(path) as beside:
         beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _metric_rows(metrics):
+    return [f"| {name} | {'not measured' if value is None else f'{value:.4f}'} |" for name, value in metrics.items()]
 
 
 def _as_typed(value):

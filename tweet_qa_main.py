@@ -32,13 +32,19 @@ from helper_functions import (
     InputError,
     TweetQADataset,
     build_collate_fn,
+    count_repeats,
     evaluate,
+    hold_out,
+    leaderboard_scores,
     load_model_and_tokenizer,
     load_sem_model,
     load_tweet_qa,
+    predict,
     quiet_libraries,
+    tweet_key,
 )
 
+DEFAULT_MODEL = "google/flan-t5-small"
 WEIGHT_DECAY = 0.01  # on matrices only: norms have one-dimensional weights, and pulling those to zero hurts
 WARMUP = 0.06  # share of all steps in which the learning rate rises; T5 without any is unstable in the first steps
 MAX_GRAD_NORM = 1.0
@@ -96,9 +102,10 @@ def build_parser(description, lr, save_dir):
     """The arguments of both scripts, with the defaults in which they differ."""
     parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model_name", default="google/flan-t5-small", help="T5 model: hub id or folder")
+    add("--model_name", help=f"T5 model: hub id or folder (default: {DEFAULT_MODEL})")
     add("--dataset", default="ucsbnlp/tweet_qa", help="hub id, or folder of train/validation/test files")
     add("--save_dir", default=save_dir, help="run folder to write; must not hold anything yet")
+    add("--eval_only", action="store_true", help="train nothing: evaluate the checkpoint in --save_dir once more")
     add("--epochs", type=at_least(1), default=5, help="passes over the training rows")
     add("--batch_size", type=at_least(1), default=8, help="training examples per forward pass")
     add("--grad_accum_steps", type=at_least(1), default=1, help="batches per optimizer step")
@@ -113,7 +120,9 @@ def build_parser(description, lr, save_dir):
     add("--max_target_len", type=at_least(2), default=32, help="most tokens of an answer, trained and generated")
     add("--sem_model", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id, folder, or none to switch off")
     add("--max_train_samples", type=at_least(1), help="train on the first so many rows only (default: all)")
-    add("--max_eval_samples", type=at_least(1), help="evaluate the first so many rows only (default: all)")
+    add("--max_eval_samples", type=at_least(1), help="evaluate the first so many rows of a split (default: all)")
+    add("--holdout", type=at_least(0), default=0, help="training rows to set aside, by tweet, and score at the end")
+    add("--drop_leaked", action="store_true", help="drop training rows whose tweet stands in validation or test too")
     return parser
 
 
@@ -204,68 +213,145 @@ def _no_bar(accelerator):
     return None if accelerator.is_main_process else True
 
 
+def select_rows(args):
+    """Load the data and choose the rows of each role.
+
+    Returns ({"train", "validation", "holdout", "test": rows}, the numbers of the held-out rows in the train file
+    counted from 0, a line that says what was found). holdout and test are empty where there is none.
+    """
+    splits = load_tweet_qa(args.dataset)
+    train = list(enumerate(splits["train"]))
+    tweets = {split: [tweet_key(row["Tweet"]) for row in split_rows] for split, split_rows in splits.items()}
+    validation_tweets, test_tweets = set(tweets["validation"]), set(tweets.get("test", []))
+    train_tweets = set(tweets["train"])
+    in_train = [sum(tweet in train_tweets for tweet in tweets.get(split, [])) for split in ("validation", "test")]
+    note = (
+        f"check: {count_repeats(splits['train'])} training rows repeat | the tweets of {in_train[0]} validation and"
+        f" {in_train[1]} test rows also stand in train"
+    )
+    if args.drop_leaked:
+        kept = [(n, row) for n, row in train if tweet_key(row["Tweet"]) not in validation_tweets | test_tweets]
+        note += f" ({len(train) - len(kept)} training rows dropped)"
+        train = kept
+        if not train:
+            raise InputError("--drop_leaked leaves no training row: every tweet stands in validation or test too")
+    held = []
+    if args.holdout:  # a tweet that validation chooses the checkpoint by would not be unseen
+        places = set(hold_out([row for _, row in train], args.holdout, args.seed, validation_tweets))
+        held = [pair for place, pair in enumerate(train) if place in places]
+        train = [pair for place, pair in enumerate(train) if place not in places]
+    rows = {
+        "train": [row for _, row in train][: args.max_train_samples],
+        "validation": splits["validation"][: args.max_eval_samples],
+        "holdout": [row for _, row in held],
+        "test": splits.get("test", [])[: args.max_eval_samples],
+    }
+    return rows, [n for n, _ in held], note
+
+
 def run(args, wrap=None):
-    """The whole run: load, train, evaluate, save; see the design of a run folder in README.md.
+    """The whole run: load, train, evaluate, save; README.md describes the folder that it leaves.
 
     args: the parsed command line. wrap: None to train every weight, or a function (model, args) -> PeftModel.
     Raises InputError before anything is written for whatever in args cannot be used.
     """
     started = time.perf_counter()
     quiet_libraries()
-    run_folder.check_is_free(args.save_dir)
+    folder = Path(args.save_dir)
+    if args.eval_only:
+        run_folder.check_holds_checkpoint(folder)
+        record = run_folder.read_run_json(folder)
+    else:
+        run_folder.check_is_free(folder)
     accelerator = Accelerator(
         mixed_precision=choose_precision(args.precision),
         gradient_accumulation_steps=args.grad_accum_steps,
         # The order of epoch e depends on the seed and e alone, not on what else draws random numbers.
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
     )
-    device = accelerator.device
+    device, say = accelerator.device, accelerator.print
 
-    splits = load_tweet_qa(args.dataset)
-    train_rows = splits["train"][: args.max_train_samples]
-    validation_rows = splits["validation"][: args.max_eval_samples]
+    rows, held, note = select_rows(args)
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
     set_seed(args.seed)
-    model, tokenizer = load_model_and_tokenizer(args.model_name)
-    if wrap:
-        model = wrap(model, args)
+    if args.eval_only:
+        model, tokenizer = run_folder.load_checkpoint(folder, args.model_name)
+        record = record or run_folder.new_run("lora" if hasattr(model, "peft_config") else "full", args, device, model)
+    else:
+        args.model_name = args.model_name or DEFAULT_MODEL
+        model, tokenizer = load_model_and_tokenizer(args.model_name)
+        model = wrap(model, args) if wrap else model
+        record = run_folder.new_run("lora" if wrap else "full", args, device, model)
 
-    train_data, validation_data = (
-        TweetQADataset(rows, tokenizer, args.max_input_len, args.max_target_len)
-        for rows in (train_rows, validation_rows)
-    )
     collate = build_collate_fn(tokenizer, pad_to_multiple_of=8 if device.type == "cuda" else None)
-    train_loader = DataLoader(train_data, args.batch_size, shuffle=True, collate_fn=collate)
-    validation_loader = DataLoader(validation_data, args.eval_batch_size, collate_fn=collate)
+    loaders = {}
+    for role, role_rows in rows.items():
+        if role_rows:
+            data = TweetQADataset(role_rows, tokenizer, args.max_input_len, args.max_target_len)
+            batch_size = args.batch_size if role == "train" else args.eval_batch_size
+            loaders[role] = DataLoader(data, batch_size, shuffle=role == "train", collate_fn=collate)
 
-    batches = math.ceil(len(train_loader) / accelerator.num_processes)
-    steps_per_epoch = math.ceil(batches / args.grad_accum_steps)
-    optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
-    record = run_folder.new_run("lora" if wrap else "full", args, device, model)
-    # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
-    model, optimizer, train_loader, validation_loader = accelerator.prepare(
-        model, optimizer, train_loader, validation_loader
-    )
-
-    say = accelerator.print
     share = record["trainable_parameters"] / record["total_parameters"]
-    say(f"data: {args.dataset} | {len(train_rows)} training rows | {len(validation_rows)} validation rows")
+    say(f"data: {args.dataset} | " + " | ".join(f"{len(role_rows)} {role} rows" for role, role_rows in rows.items()))
+    say(f"{note} | {unreadable_tweets(loaders, tokenizer)} tweets hold what the tokenizer cannot read (<unk>)")
     say(
-        f"model: {args.model_name} | {record['trainable_parameters']:,} of {record['total_parameters']:,} parameters"
-        f" trained ({share:.2%}) | {record['device']}, {accelerator.mixed_precision.replace('no', 'fp32')}"
+        f"model: {folder if args.eval_only else args.model_name} | {record['trainable_parameters']:,} of"
+        f" {record['total_parameters']:,} parameters trained ({share:.2%}) | {record['device']},"
+        f" {accelerator.mixed_precision.replace('no', 'fp32')}"
     )
-    say(
-        f"steps: {steps_per_epoch} an epoch | effective batch"
-        f" {args.batch_size * args.grad_accum_steps * accelerator.num_processes}"
-    )
-    for name, data in (("training", train_data), ("validation", validation_data)):
-        if data.cut_inputs or data.cut_targets:
+    for role, loader in loaders.items():
+        if loader.dataset.cut_inputs or loader.dataset.cut_targets:
             say(
-                f"note: {data.cut_inputs} {name} prompts were cut to {args.max_input_len} tokens (--max_input_len),"
-                f" {data.cut_targets} answers to {args.max_target_len} (--max_target_len)"
+                f"note: {loader.dataset.cut_inputs} {role} prompts were cut to {args.max_input_len} tokens"
+                f" (--max_input_len), {loader.dataset.cut_targets} answers to {args.max_target_len} (--max_target_len)"
             )
 
-    folder = Path(args.save_dir)
+    if not args.eval_only:
+        train(args, model, tokenizer, loaders, sem_model, accelerator, record)
+        # The figures that count come from what stands on disk, which is what will be used.
+        del model
+        accelerator.free_memory()
+        accelerator.wait_for_everyone()
+        model, tokenizer = run_folder.load_checkpoint(folder, args.model_name, cached=True)
+    final_pass(args, model.to(device), tokenizer, loaders, held, sem_model, accelerator, record)
+    if accelerator.is_main_process:
+        if args.eval_only:
+            record["eval_only"] = vars(args)  # what the final metrics were made with; "args" is how it was trained
+        else:
+            record |= {
+                "wall_time_seconds": round(time.perf_counter() - started, 2),
+                "peak_ram_mb": run_folder.peak_ram_mb(),
+                "checkpoint_bytes": run_folder.checkpoint_bytes(folder),
+            }
+            run_folder.write_model_card(folder, record)
+        run_folder.write_run_json(folder, record)
+    accelerator.end_training()
+
+
+def unreadable_tweets(loaders, tokenizer):
+    """How many distinct tweets have an <unk> in their prompt."""
+    tweets = set()
+    for loader in loaders.values():
+        for row, ids in zip(loader.dataset.rows, loader.dataset.input_ids, strict=True):
+            if tokenizer.unk_token_id in ids:
+                tweets.add(tweet_key(row["Tweet"]))
+    return len(tweets)
+
+
+def train(args, model, tokenizer, loaders, sem_model, accelerator, record):
+    """All epochs: train, score the validation split, keep the best epoch, and write down how it goes."""
+    device, say, folder = accelerator.device, accelerator.print, Path(args.save_dir)
+    batches = math.ceil(len(loaders["train"]) / accelerator.num_processes)
+    steps_per_epoch = math.ceil(batches / args.grad_accum_steps)
+    optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
+    # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
+    model, optimizer, train_loader, validation_loader = accelerator.prepare(
+        model, optimizer, loaders["train"], loaders["validation"]
+    )
+    examples = len(train_loader.dataset)
+    effective_batch = args.batch_size * args.grad_accum_steps * accelerator.num_processes
+    say(f"steps: {steps_per_epoch} an epoch | effective batch {effective_batch}")
+
     state, epoch_rows, step_rows = LoopState(), [], []
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -307,14 +393,17 @@ def run(args, wrap=None):
                 "avg_sem_sim": metrics["avg_sem_sim"],
                 "epoch_seconds": round(seconds, 3),
                 "steps_per_sec": round(len(new_rows) / seconds, 4),
-                "samples_per_sec": round(len(train_rows) / seconds, 3),
+                "samples_per_sec": round(examples / seconds, 3),
                 "peak_vram_mb": round(peak_vram_mb, 1),
             }
         )
         improved = metrics["f1"] > state.best_f1
         if improved:
             state.best_f1, state.best_epoch = metrics["f1"], state.epoch
-            record["best_epoch"] = state.best_epoch
+        record |= {
+            "best_epoch": state.best_epoch,
+            "peak_vram_mb": max(row["peak_vram_mb"] for row in epoch_rows),
+        }
         if accelerator.is_main_process:
             if improved:
                 run_folder.save_checkpoint(folder, accelerator.unwrap_model(model), tokenizer, record)
@@ -326,41 +415,71 @@ def run(args, wrap=None):
             say(f"stopped: F1 has not been better than epoch {state.best_epoch}'s for {args.patience} epochs")
             break
 
-    # The figures that count come from what stands on disk, which is what will be used.
-    del model, optimizer, schedule  # the schedule holds the optimizer, and that the weights and its two moments
-    accelerator.free_memory()
-    accelerator.wait_for_everyone()
-    best_model, best_tokenizer = run_folder.load_checkpoint(folder, args.model_name)
-    final, predictions = evaluate(
-        best_model.to(device),
-        validation_loader,
-        best_tokenizer,
-        device,
-        sem_model,
-        beams=args.final_beams,
-        max_target_len=args.max_target_len,
-        accelerator=accelerator,
-        title="final evaluation",
-    )
-    say(f"[final] {metrics_line(final)} | epoch {state.best_epoch}, {args.final_beams} beams | {folder}")
-    if accelerator.is_main_process:
-        record |= {
-            "final": final,
-            "wall_time_seconds": round(time.perf_counter() - started, 2),
-            "peak_ram_mb": run_folder.peak_ram_mb(),
-            "peak_vram_mb": max(row["peak_vram_mb"] for row in epoch_rows),
-            "checkpoint_bytes": run_folder.checkpoint_bytes(folder),
-        }
-        run_folder.write_predictions(folder / "validation_predictions.csv", predictions)
-        run_folder.write_model_card(folder, record)
-        run_folder.write_run_json(folder, record)
-    accelerator.end_training()
+
+def final_pass(args, model, tokenizer, loaders, held, sem_model, accelerator, record):
+    """Score the checkpoint with --final_beams on validation and on the held-out rows, and answer the test split.
+
+    A test split with answers is scored too. Writes the prediction files, the breakdown and the leaderboard's file, and
+    puts the metrics into `record` as "final", "holdout" and "test".
+    """
+    folder, say = Path(args.save_dir), accelerator.print
+    options = {"beams": args.final_beams, "max_target_len": args.max_target_len, "accelerator": accelerator}
+    results = {}  # {role: (metrics, frame)} of the labeled splits
+    for role in ("validation", "holdout", "test"):
+        if role not in loaders:
+            continue
+        loader = accelerator.prepare(loaders[role])
+        given = (model, loader, tokenizer, accelerator.device)
+        if loader.dataset.labels is None:
+            answers = predict(*given, **options, title=role)["prediction"]
+        else:
+            results[role] = evaluate(*given, sem_model, **options, title=role)
+            answers = results[role][1]["prediction"]
+        if role == "test" and accelerator.is_main_process:
+            run_folder.write_test_answers(folder / "test_answers.json", loader.dataset.rows, answers)
+    if not accelerator.is_main_process:
+        return
+
+    add_leaderboard_scores(results)
+    epoch = f" | epoch {record['best_epoch']}" if record["best_epoch"] else ""
+    for role, (metrics, frame) in results.items():
+        title = "final" if role == "validation" else role
+        say(f"[{title}] {metrics_line(metrics)}{epoch}, {args.final_beams} beams | {folder}")
+        record[title] = {"rows": held, "metrics": metrics} if role == "holdout" else metrics
+        run_folder.write_predictions(folder / f"{role}_predictions.csv", frame)
+    metrics, frame = results["validation"]
+    if metrics["meteor"] is None:
+        say("note: METEOR is left out, since it needs Java and none runs here")
+    table = run_folder.breakdown(frame)
+    run_folder.write_table(folder / "breakdown.csv", table)
+    run_folder.draw_breakdown(folder / "breakdown.png", table, metrics["f1"])
+
+
+def add_leaderboard_scores(results):
+    """Add bleu1, rougeL and meteor (None without Java) to the metrics and frames {role: (metrics, frame)}.
+
+    All splits are scored at once: METEOR takes longer to start than to score them.
+    """
+    frames = [frame for _, frame in results.values()]
+    predictions = [text for frame in frames for text in frame["prediction"]]
+    scores = leaderboard_scores(predictions, [references for frame in frames for references in frame["references"]])
+    start = 0
+    for metrics, frame in results.values():
+        for name in ("bleu1", "rougeL", "meteor"):
+            metrics[name] = None
+            if name in scores:
+                frame[name] = scores[name][start : start + len(frame)]
+                metrics[name] = float(frame[name].mean())
+        start += len(frame)
 
 
 def metrics_line(metrics):
-    """The metrics of `evaluate` as the console shows them."""
-    similarity = "n/a" if metrics["avg_sem_sim"] is None else f"{metrics['avg_sem_sim']:.4f}"
-    return f"val_loss={metrics['val_loss']:.4f} F1={metrics['f1']:.4f} avg_sem_sim={similarity}"
+    """The metrics of `evaluate` as the console shows them; those of the final evaluation have some more."""
+    shown = {"val_loss": "val_loss", "f1": "F1", "avg_sem_sim": "avg_sem_sim"}
+    if "bleu1" in metrics:
+        shown |= {"em": "EM", "bleu1": "BLEU-1", "rougeL": "ROUGE-L", "meteor": "METEOR"}
+    values = ((label, metrics[name]) for name, label in shown.items())
+    return " ".join(f"{label}={'n/a' if value is None else f'{value:.4f}'}" for label, value in values)
 
 
 def run_from_command_line(parser, argv=None, wrap=None):

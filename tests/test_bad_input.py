@@ -172,6 +172,29 @@ def test_a_save_dir_that_is_taken(place, capfd):
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt/run")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_only_of_what_is_no_checkpoint(place, capfd, minilm, script):
+    def refused(folder, message):
+        assert_refused(place, capfd, message, "--eval_only", "--save_dir", folder, script=script)
+
+    refused("nowhere", "--save_dir nowhere: there is no such folder; --eval_only needs one with a checkpoint")
+    refused("data", "--save_dir data holds no checkpoint")
+    refused(str(minilm), "the model in this folder cannot be loaded")
+    weights = copy_model(place, "cut_off") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused("cut_off", "--save_dir cut_off: the model in this folder cannot be loaded")
+    (copy_model(place, "bad_record") / "run.json").write_text("{")
+    refused("bad_record", "run.json cannot be read")
+    (place / "adapter").mkdir()
+    (place / "adapter" / "adapter_config.json").write_text("{}")
+    refused("adapter", "--save_dir adapter: the adapter in this folder cannot be loaded")
+
+
+def test_a_holdout_or_a_dropping_that_leaves_nothing(place, capfd):
+    assert_refused(place, capfd, "--holdout 1: cannot set that many of 2 training rows aside", "--holdout", "1")
+    assert_refused(place, capfd, "--drop_leaked leaves no training row", "--drop_leaked")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_save_dir_that_cannot_be_written(place, capfd):
     (place / "locked").mkdir(mode=0o500)

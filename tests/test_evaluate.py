@@ -8,10 +8,12 @@ from helper_functions import (
     TweetQADataset,
     answer,
     build_collate_fn,
+    build_prompt,
     eval_mode,
     evaluate,
     load_model_and_tokenizer,
     load_sem_model,
+    predict,
     token_f1,
 )
 from tweet_qa_main_lora import add_lora
@@ -95,7 +97,7 @@ def test_the_frame_and_the_metrics_agree(model, tokenizer, rows, minilm):
     sem_model = load_sem_model(str(minilm), "cpu")
     metrics, frame = evaluate(model, loader_over(rows, tokenizer, 8), tokenizer, "cpu", sem_model, max_target_len=4)
     assert list(frame) == (
-        "qid question tweet references prediction em f1 sem_sim question_type"
+        "qid question tweet references prediction em f1 sem_sim token_logprob question_type"
         " has_hashtag has_handle has_url has_number has_emoji"
     ).split(" ")
     assert metrics["f1"] == frame["f1"].mean() and metrics["em"] == frame["em"].mean()
@@ -160,3 +162,30 @@ def test_the_mode_of_each_module_is_left_as_it_was(kind, request, tokenizer, row
     assert [module.training for module in model.modules()] == before
     model.eval()
     assert trained == answer(model, tokenizer, "cpu", rows[0]["Question"], rows[0]["Tweet"], max_target_len=8)
+
+
+@pytest.mark.parametrize("kind", ["model", "lora_model"])
+def test_a_score_is_the_beam_search_s_own(kind, request, tokenizer, rows):
+    model = request.getfixturevalue(kind)
+    questions, tweets = [row["Question"] for row in rows[:6]], [row["Tweet"] for row in rows[:6]]
+    answers, scores = answer(model, tokenizer, "cpu", questions, tweets, beams=3, max_target_len=8, return_score=True)
+    prompts = [build_prompt(q, t) for q, t in zip(questions, tweets, strict=True)]
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    searched = model.generate(
+        **inputs, num_beams=3, max_new_tokens=8, output_scores=True, return_dict_in_generate=True, do_sample=False
+    )
+    assert scores == pytest.approx(searched.sequences_scores.tolist(), abs=1e-4)
+    assert all(score < 0 for score in scores)
+    _, frame = evaluate(model, loader_over(rows[:6], tokenizer, 4), tokenizer, "cpu", beams=3, max_target_len=8)
+    assert frame["token_logprob"].tolist() == pytest.approx(scores, abs=1e-5)
+    one = answer(model, tokenizer, "cpu", questions[0], tweets[0], beams=3, max_target_len=8, return_score=True)
+    assert one == (answers[0], pytest.approx(scores[0], abs=1e-5))
+
+
+def test_an_unlabeled_split_is_predicted(model, tokenizer, rows):
+    unlabeled = [row | {"Answer": []} for row in rows[:6]]
+    options = {"beams": 2, "max_target_len": 8}
+    expected = predict(model, loader_over(rows[:6], tokenizer, 4), tokenizer, "cpu", **options)
+    frame = predict(model, loader_over(unlabeled, tokenizer, 4), tokenizer, "cpu", **options)
+    assert frame["prediction"].tolist() == expected["prediction"].tolist()
+    assert (frame["loss"] == 0).all() and (frame["target_tokens"] == 0).all() and (expected["loss"] > 0).all()

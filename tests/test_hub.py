@@ -49,7 +49,10 @@ def filled_cache(tmp_path_factory, hub):
 
 def test_a_run_with_the_default_names_takes_everything_from_the_hub(filled_cache, hub):
     _, done, save_dir = filled_cache
-    assert f"data: {DATA} | 12 training rows | 12 validation rows" in done.stdout and done.stderr == ""
+    assert (
+        f"data: {DATA} | 12 train rows | 12 validation rows | 0 holdout rows | 12 test rows" in done.stdout
+        and done.stderr == ""
+    )
     read = [path for method, path, status in hub.requests if method == "GET" and status == 200]
     for part in ("flan-t5-small/resolve", "MiniLM-L6-v2/resolve", "refs/convert/parquet"):
         assert any(part in path for path in read), part
@@ -97,7 +100,7 @@ def test_without_a_hub_what_is_cached_is_enough(dead_hub, tmp_path, filled_cache
     done = run_script("tweet_qa_main_lora.py", *arguments, environ=dead_hub(shutil.copytree(home, tmp_path / "hf")))
     assert done.returncode == 0, done.stderr
     losses = [[word for word in out.split() if "val_loss" in word] for out in (first.stdout, done.stdout)]
-    assert losses[0] == losses[1] and len(losses[0]) == 2
+    assert losses[0] == losses[1] and len(losses[0]) == 2  # of the epoch and of the final evaluation
 
 
 def test_a_name_that_the_hub_does_not_know(hub, tmp_path, tweet_qa, standin):

@@ -20,17 +20,19 @@ FOLDER_NAMES = {"tweet_qa_main.py": "flan_t5_tweetqa_ckpt", "tweet_qa_main_lora.
 WEIGHTS = {"tweet_qa_main.py": "model.safetensors", "tweet_qa_main_lora.py": "adapter_model.safetensors"}
 WRITTEN = (
     "README.md run.json metrics.csv train_loss.csv loss_curve.png val_f1_curve.png val_sem_sim_curve.png"
-    " validation_predictions.csv tokenizer.json tokenizer_config.json"
+    " validation_predictions.csv holdout_predictions.csv breakdown.csv breakdown.png test_answers.json"
+    " tokenizer.json tokenizer_config.json"
 ).split(" ")
 
 
-def start(script, save_dir, standin, tweet_qa, minilm, *more):
+def start(script, save_dir, standin, tweet_qa, minilm, *more, meteor=False):
     """A short run on real rows: 44 training rows in 6 batches of 8, three optimizer steps an epoch."""
     done = run_script(
         script,
         *("--model_name", standin, "--dataset", tweet_qa, "--sem_model", minilm, "--save_dir", save_dir),
         *("--max_train_samples", 44, "--max_eval_samples", 24, "--epochs", 2, "--lr", 1e-2, "--grad_accum_steps", 2),
-        *more,
+        *("--holdout", 20, *more),
+        meteor=meteor,
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -41,9 +43,15 @@ def runs(tmp_path_factory, standin, tweet_qa, minilm):
     """{script: (finished process, run folder)} of one short run each."""
     folder = tmp_path_factory.mktemp("runs")
     return {
-        script: (start(script, folder / FOLDER_NAMES[script], standin, tweet_qa, minilm), folder / FOLDER_NAMES[script])
-        for script in SCRIPTS
+        script: (start(script, folder / name, standin, tweet_qa, minilm, meteor=True), folder / name)
+        for script, name in FOLDER_NAMES.items()
     }
+
+
+def final_line(done):
+    """The line of the final evaluation, without the folder at its end."""
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("[final]")]
+    return line.rsplit(" | ", 1)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -51,7 +59,9 @@ def test_the_console_shows_what_is_promised_and_nothing_else(runs, script):
     done, folder = runs[script]
     number = r"-?\d+(\.\d+)?"
     expected = [
-        r"data: .+ \| 44 training rows \| 24 validation rows",
+        r"data: .+ \| 44 train rows \| 24 validation rows \| 20 holdout rows \| 24 test rows",
+        r"check: \d+ training rows repeat \| the tweets of 6 validation and 1 test rows also stand in train"
+        r" \| \d+ tweets hold what the tokenizer cannot read \(<unk>\)",
         r"model: .+ parameters trained \(.+%\) \| cpu, fp32",
         r"steps: 3 an epoch \| effective batch 16",
     ]
@@ -61,7 +71,10 @@ def test_the_console_shows_what_is_promised_and_nothing_else(runs, script):
             rf"\[epoch {epoch}\] time={number}s \| steps/sec={number} \| peak VRAM=0 MB",
             rf"\[epoch {epoch}\] {scores}",
         ]
-    expected += [rf"\[final\] {scores} \| epoch [12], 5 beams \| .+"]
+    scores += "".join(f" {name}=({number}|n/a)" for name in ("EM", "BLEU-1", "ROUGE-L", "METEOR"))
+    expected += [rf"\[{title}\] {scores} \| epoch [12], 5 beams \| .+" for title in ("final", "holdout")]
+    if not shutil.which("java"):
+        expected += ["note: METEOR is left out, since it needs Java and none runs here"]
     lines = done.stdout.splitlines()
     assert len(lines) == len(expected), done.stdout
     for line, pattern in zip(lines, expected, strict=True):
@@ -96,11 +109,12 @@ def test_run_json_tells_the_whole_run(runs, script, standin, tweet_qa):
     assert run["args"]["model_name"] == str(standin) and run["args"]["grad_accum_steps"] == 2
     assert run["best_epoch"] == metrics["epoch"][metrics["f1"].idxmax()]
     assert run["versions"]["torch"] == torch.__version__ and run["device"] == "cpu" and run["seed"] == 42
-    assert set(run["final"]) == {"val_loss", "f1", "em", "avg_sem_sim"}
+    assert set(run["final"]) == {"val_loss", "f1", "em", "avg_sem_sim", "bleu1", "rougeL", "meteor"}
+    assert set(run["holdout"]["metrics"]) == set(run["final"]) and len(run["holdout"]["rows"]) == 20
     assert run["checkpoint_bytes"] == (folder / WEIGHTS[script]).stat().st_size
     assert run["wall_time_seconds"] > metrics["epoch_seconds"].sum() and run["peak_ram_mb"] > 100
     shown = f"val_loss={run['final']['val_loss']:.4f} F1={run['final']['f1']:.4f}"
-    assert done.stdout.splitlines()[-1].startswith(f"[final] {shown}")
+    assert final_line(done).startswith(f"[final] {shown}")
     weights = load_file(standin / "model.safetensors")
     base = sum(tensor.numel() for tensor in weights.values())
     adapter = 2 * 6 * (64 * 8 + 8 * 64)  # q and v of 6 attentions, each A (8 x 64) and B (64 x 8)
@@ -136,6 +150,71 @@ def test_the_same_seed_gives_the_same_metrics_and_another_others(runs, script, t
     start(script, tmp_path / "other", standin, tweet_qa, minilm, "--seed", 7, "--epochs", 1)
     assert read(tmp_path / "same") == read(runs[script][1])
     assert read(tmp_path / "other")[1].splitlines()[1:4] != read(runs[script][1])[1].splitlines()[1:4]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path, tweet_qa, minilm):
+    """Of a LoRA folder the base comes from the adapter's own config: --model_name is not given."""
+    done, folder = runs[script]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    files = ("validation_predictions.csv", "holdout_predictions.csv", "breakdown.csv", "test_answers.json")
+    for name in files:
+        (copy / name).unlink()
+    again = run_script(
+        script,
+        *("--eval_only", "--save_dir", copy, "--dataset", tweet_qa, "--sem_model", minilm),
+        *("--max_eval_samples", 24, "--holdout", 20),
+        meteor=True,
+    )
+    assert again.returncode == 0 and "[epoch" not in again.stdout, again.stderr
+    assert final_line(again) == final_line(done)
+    for name in files:
+        assert (copy / name).read_bytes() == (folder / name).read_bytes()
+    before, after = (json.loads((where / "run.json").read_text()) for where in (folder, copy))
+    assert after.pop("eval_only")["final_beams"] == 5 and after == before
+    weights = WEIGHTS[script]
+    assert (copy / weights).read_bytes() == (folder / weights).read_bytes()
+
+
+def test_eval_only_scores_a_checkpoint_that_no_run_of_ours_made(tmp_path, standin, tweet_qa):
+    folder = shutil.copytree(standin, tmp_path / "foreign")
+    arguments = ("--dataset", tweet_qa, "--sem_model", "none", "--max_eval_samples", 8, "--save_dir", folder)
+    done = run_script("tweet_qa_main.py", "--eval_only", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert final_line(done).endswith(", 5 beams") and "epoch" not in final_line(done)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["method"] == "full" and run["best_epoch"] is None and run["final"]["f1"] >= 0
+
+
+def test_the_test_split_is_answered_row_by_row_and_scored_if_labeled(runs, tmp_path, standin, tweet_qa, data_folder):
+    answers = json.loads((runs["tweet_qa_main.py"][1] / "test_answers.json").read_text())
+    rows = json.loads((tweet_qa / "test.json").read_text())[:24]
+    assert [entry["qid"] for entry in answers] == [row["qid"] for row in rows]
+    assert all(list(entry) == ["qid", "Answer"] and isinstance(entry["Answer"], str) for entry in answers)
+
+    rows = json.loads((tweet_qa / "validation.json").read_text())
+    repeated = [rows[0], rows[1], rows[0]]  # a qid that stands twice gets two entries
+    folder = data_folder(train=rows[10:20], validation=rows[20:30], test=repeated)
+    arguments = ("--model_name", standin, "--sem_model", "none", "--dataset", folder, "--epochs", 1)
+    done = run_script("tweet_qa_main.py", *arguments, "--save_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    answers = json.loads((tmp_path / "run" / "test_answers.json").read_text())
+    assert [entry["qid"] for entry in answers] == [row["qid"] for row in repeated]
+    scored = pd.read_csv(tmp_path / "run" / "test_predictions.csv", keep_default_na=False)
+    assert scored["prediction"].tolist() == [entry["Answer"] for entry in answers]
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["test"]["em"] == scored["em"].mean() and "[test] val_loss=" in done.stdout
+
+
+def test_without_java_meteor_is_left_out_with_one_line(tmp_path, standin, tweet_qa):
+    folder = shutil.copytree(standin, tmp_path / "copy")
+    arguments = ("--dataset", tweet_qa, "--sem_model", "none", "--max_eval_samples", 4, "--save_dir", folder)
+    done = run_script("tweet_qa_main.py", "--eval_only", *arguments, meteor=False)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert done.stdout.splitlines()[-1] == "note: METEOR is left out, since it needs Java and none runs here"
+    assert "METEOR=n/a" in final_line(done)
+    final = json.loads((folder / "run.json").read_text())["final"]
+    assert final["meteor"] is None and final["bleu1"] >= 0 and final["rougeL"] >= 0
 
 
 def readme_snippets():
@@ -211,8 +290,8 @@ def test_without_similarity_and_with_patience(tmp_path, standin, tweet_qa):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "[epoch 3]" in done.stdout and "[epoch 4]" not in done.stdout
-    assert lines[-2] == "stopped: F1 has not been better than epoch 1's for 2 epochs"
-    assert "avg_sem_sim=n/a | epoch 1" in lines[-1]
+    assert "stopped: F1 has not been better than epoch 1's for 2 epochs" in lines
+    assert "avg_sem_sim=n/a EM" in final_line(done) and "epoch 1, 5 beams" in final_line(done)
     assert not (tmp_path / "run" / "val_sem_sim_curve.png").exists()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["final"]["avg_sem_sim"] is None
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["avg_sem_sim"].isna().all()
