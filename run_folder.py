@@ -347,8 +347,10 @@ def draw_breakdown(path, table, overall):
         colour = VALIDATION_COLOUR if row["count"] >= WELL_POPULATED else "#999999"
         axes.plot([row["f1_low"], row["f1_high"]], [place, place], color=colour, linewidth=2, alpha=0.5)
         axes.plot(row["f1"], place, "o", color=colour)
-    axes.axvline(overall, color=TRAIN_COLOUR, linestyle="--", linewidth=1.2)
-    axes.annotate(f"all: {overall:.3f}", (overall, -0.9), color=TRAIN_COLOUR, ha="center", va="bottom", fontsize=9)
+    axes.axvline(overall, color=TRAIN_COLOUR, linestyle="--", linewidth=1.2, zorder=0)
+    side = {"ha": "left", "xytext": (5, 0)} if overall < 0.7 else {"ha": "right", "xytext": (-5, 0)}
+    text = f"all examples: {overall:.3f}"
+    axes.annotate(text, (overall, -0.8), color=TRAIN_COLOUR, va="center", textcoords="offset points", **side)
     names = [
         f"{row['feature']}: {row['value']}" if row["feature"] in ("question", "answer length") else row["value"]
         for row in table.to_dict("records")
