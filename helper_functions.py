@@ -318,7 +318,7 @@ def hold_out(rows, count, seed, taken=frozenset()):
     for key in random.Random(seed).sample(sorted(groups), len(groups)):
         if key not in taken and len(chosen) + len(groups[key]) <= count:
             chosen += groups[key]
-    if not chosen or len(chosen) == len(rows):
+    if not chosen or len(chosen) == len(rows) or count >= len(rows):
         raise InputError(f"--holdout {count}: cannot set that many of {len(rows)} training rows aside; give fewer")
     return sorted(chosen)
 

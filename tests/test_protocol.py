@@ -42,6 +42,12 @@ def test_no_tweet_stands_on_both_sides(tweets, count, seed, taken):
     assert held == hold_out(rows, count, seed, taken)
 
 
+@pytest.mark.parametrize("count", [5, 6, 1000])
+def test_a_holdout_of_all_rows_or_more_is_refused(count):
+    with pytest.raises(InputError, match=f"--holdout {count}: cannot set that many of 5 training rows aside"):
+        hold_out(rows_about("abcde"), count, seed=0, taken={"a"})
+
+
 def chosen(tweet_qa, **given):
     defaults = {"dataset": str(tweet_qa), "holdout": 0, "drop_leaked": False, "seed": 42}
     return select_rows(Namespace(**defaults | {"max_train_samples": None, "max_eval_samples": None} | given))
