@@ -722,7 +722,8 @@ def predict(model, loader, tokenizer, device, beams=1, max_target_len=32, accele
 
 def _mean_log_probs(model, encoded, mask, token_ids):
     """(batch,): the mean log-probability of the tokens of each answer that `decode_batch` gave."""
-    return token_log_probs(model, encoded, mask, token_ids).sum(1) / (token_ids != LABEL_PAD).sum(1)
+    tokens = (token_ids != LABEL_PAD).sum(1).clamp(min=1)  # an answer of padding alone has none
+    return token_log_probs(model, encoded, mask, token_ids).sum(1) / tokens
 
 
 def evaluate(
