@@ -334,7 +334,7 @@ def test_the_shape_of_flan_t5_small(script, tmp_path, tweet_qa, flan_t5_files, m
     done = run_script(
         script,
         *("--model_name", standin, "--dataset", tweet_qa, "--sem_model", minilm, "--save_dir", save_dir),
-        *("--max_train_samples", 64, "--max_eval_samples", 32, "--epochs", 2),
+        *("--max_train_samples", 64, "--max_eval_samples", 32, "--epochs", 2, "--holdout", 8),
         environ={"OMP_NUM_THREADS": None},
         timeout=1800,
     )
