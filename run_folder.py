@@ -77,14 +77,14 @@ def save_checkpoint(folder, model, tokenizer, run):
     else:
         model.save_pretrained(beside, max_shard_size="1TB")
     tokenizer.save_pretrained(beside)
-    _let_transformers_4_read(beside / "tokenizer_config.json")
+    let_transformers_4_read(beside / "tokenizer_config.json")
     write_model_card(beside, run)
     for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
         os.replace(path, Path(folder, path.name))
     beside.rmdir()
 
 
-def _let_transformers_4_read(tokenizer_config):
+def let_transformers_4_read(tokenizer_config):
     """Name T5's sentinels in tokenizer_config.json as transformers 4 and 5 both read them.
 
     transformers 5 writes them as a list `extra_special_tokens`, for which transformers 4 wants a dict, and crashes.

@@ -1,0 +1,26 @@
+"""Ask both of the demo's runs the same questions: `python demo/ask.py`, after `make demo`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks beside it only
+
+from helper_functions import answer, load_tweet_qa, quiet_libraries  # noqa: E402
+from run_folder import load_checkpoint  # noqa: E402
+
+ROWS = 6  # of the test split, whose tweets neither run has seen
+
+
+def main():
+    quiet_libraries()
+    rows = load_tweet_qa("demo/tweets")["test"][:ROWS]
+    questions, tweets = [row["Question"] for row in rows], [row["Tweet"] for row in rows]
+    answers = [answer(*load_checkpoint(f"demo/runs/{run}"), "cpu", questions, tweets) for run in ("full", "lora")]
+    print("\nQuestions about tweets that neither run has seen:")
+    for row, full, lora in zip(rows, *answers, strict=True):
+        print(f"\n  {row['Tweet']}\n  {row['Question']}")
+        print(f"      full fine-tune  {full}\n      LoRA            {lora}\n      reference       {row['Answer'][0]}")
+
+
+if __name__ == "__main__":
+    main()
