@@ -86,6 +86,8 @@ def run_folders(given):
 def check_comparable(runs):
     """Raise InputError, with the reason, unless all runs were trained and scored on the same rows in the same way."""
     first = runs[0]
+    if len(first.examples) == 1:
+        raise input_error(f"{first.folder} was scored on a single validation row: no interval can be had from that")
     for run in runs[1:]:
         pair = f"{first.folder} and {run.folder} cannot be compared"
         # The same data may lie elsewhere: its name and its validation rows tell whether it is the same.
@@ -345,7 +347,7 @@ def report(rows, table, compared):
     lines += ["![F1 by epoch, against cost and by kind of question](comparison.png)", "", *markdown_table(cells(table))]
     note = (
         f"{len(rows[0].scores)} validation rows, {runs[0].record['scoring']['final_beams']} beams. Metrics are out of"
-        " 100, ± is the standard deviation over seeds, a MB is 2^20 bytes. The epoch was chosen on these same rows, so the"
+        " 100, ± is the standard deviation over seeds, a MB is 2^20 bytes. The epoch was chosen on these rows, so the"
         " metrics are a little optimistic. Training time and steps/s leave evaluation out."
     )
     if "holdout_f1" in table:
@@ -431,7 +433,7 @@ def draw(path, rows):
         by_cost.plot(x, f1.mean(), linestyle="none", markersize=9, label=row.label, **point)
         for place, kind in enumerate(kinds.index):
             values = f1[examples["question_type"] == kind]
-            y = place + 0.7 * ((number + 0.5) / len(rows) - 0.5)
+            y = place + 0.55 * ((number + 0.5) / len(rows) - 0.5)
             by_kind.plot(interval(values), [y, y], **line)
             by_kind.plot(values.mean(), y, **point)
     by_epoch.set(title="Validation F1 after each epoch", xlabel="epoch", ylabel="F1 (out of 100)")
@@ -485,7 +487,7 @@ def compare(given, out):
     except OSError as error:
         raise input_error(f"--out {out} cannot be written to ({error.strerror}): give another folder") from None
     head, *body = cells(table)
-    print(pd.DataFrame(body, columns=["", *head[1:]]).to_string(index=False))
+    print(pd.DataFrame([line[1:] for line in body], [line[0] for line in body], head[1:]).to_string())
     print("", *(pair[-1] for pair in compared), caveat(rows), f"written to {out}: comparison.md, .csv, .png", sep="\n")
 
 
