@@ -415,7 +415,7 @@ def report_example(rows, place):
 def draw(path, rows):
     """Draw comparison.png: F1 by epoch of each run, F1 against cost, and F1 by kind of question."""
     from matplotlib.figure import Figure  # without pyplot: no windows, no state that outlives the drawing
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     examples = rows[0].runs[0].examples
     kinds = examples["question_type"].value_counts()
@@ -442,13 +442,15 @@ def draw(path, rows):
     by_cost.set_xscale("log")
     by_cost.set_xlim(min(row.parameters for row in rows) / 5, max(row.parameters for row in rows) * 5)
     by_cost.xaxis.set_major_formatter(EngFormatter())
+    by_cost.xaxis.set_minor_formatter(NullFormatter())  # within one decade it would label every tick
     by_kind.set(title="Final F1 by kind of question", xlabel="F1 (out of 100), 95 % interval", xlim=(-2, 102))
     by_kind.set_yticks(range(len(kinds)), [f"{kind} ({count})" for kind, count in kinds.items()])
     by_kind.invert_yaxis()  # the most frequent on top
     for axes in (by_epoch, by_cost, by_kind):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=min(4, len(rows)), frameon=False)
+    columns = 190 // (max(len(row.label) for row in rows) + 10)  # as many labels as fit beside each other
+    figure.legend(loc="outside upper center", ncols=max(1, min(columns, len(rows))), frameon=False)
     figure.savefig(path, format="png")
 
 

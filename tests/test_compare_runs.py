@@ -367,6 +367,28 @@ def test_the_picture_shows_the_runs_figures(two, tmp_path, monkeypatch):
     assert dots[0] == pytest.approx(100 * frame["f1"][frame["question_type"] == "who"].mean())
 
 
+def test_the_pictures_labels_stay_inside_it_and_apart(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *given, **more: (save(self, *given, **more), drawn.append(self))
+    )
+    long = {"target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}
+    runs = [write_run(tmp_path / f"r{r}_{lr}", "lora", lora_r=r, lr=lr, **long) for r in (8, 16) for lr in (1e-3, 3e-4)]
+    assert (
+        compare(write_run(tmp_path / "full"), *runs, write_run(tmp_path / "short", "lora"), out=tmp_path / "out") == 0
+    )
+    figure = drawn[-1]
+    texts = [*figure.legends[0].get_texts(), *figure.axes[2].get_yticklabels(), *(axes.title for axes in figure.axes)]
+    assert len(figure.legends[0].get_texts()) == 6
+    for box in (text.get_window_extent() for text in texts):
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1
+    by_cost = figure.axes[1]
+    low, high = by_cost.get_xlim()
+    ticks = [text for text in by_cost.get_xticklabels() if low <= text.get_position()[0] <= high]
+    ticks = [text.get_window_extent() for text in ticks]
+    assert all(left.x1 < right.x0 for left, right in zip(ticks, ticks[1:], strict=False)) and len(ticks) >= 2
+
+
 def test_a_comparison_needs_no_model_library(two, tmp_path):
     code = (
         "import sys, compare_runs; code = compare_runs.main(sys.argv[1:]);"
@@ -453,6 +475,8 @@ def test_what_is_no_two_runs_is_refused(two, tmp_path, capsys):
     assert "no such folder" in refusal(capsys, two[0], tmp_path / "nothing", out=out)
     (tmp_path / "file").write_text("x")
     assert "no such folder" in refusal(capsys, two[0], tmp_path / "file", out=out)
+    readme = re.search(r"^python compare_runs.py (.+)$", (PROJECT / "README.md").read_text(), flags=re.MULTILINE)
+    assert "no such folder" in refusal(capsys, *readme[1].split(), out=out)  # understood, but not run yet
     with pytest.raises(SystemExit) as end:
         compare_runs.main(["a", "b", "--seed", "1"])
     assert end.value.code == 2 and re.fullmatch(r"error: .*--seed.*\n", capsys.readouterr().err)
