@@ -2,9 +2,15 @@
 
 Every file is written beside its place and renamed into it, so a run that is killed at any moment leaves either the
 older file or the newer one, never half of one.
+
+helper_functions, and with it torch, is imported by the functions that need it: `compare_runs.py` reads finished runs
+with what is left, and need not wait for it.
 """
 
+import csv
+import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,8 +20,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from helper_functions import InputError, load_model_and_tokenizer, normalize_answer, one_line
-
 # The versions that run.json records: what a result can depend on.
 LIBRARIES = [
     *("torch", "transformers", "tokenizers", "safetensors", "datasets", "sentence-transformers", "peft", "accelerate"),
@@ -24,28 +28,35 @@ LIBRARIES = [
 TRAIN_COLOUR, VALIDATION_COLOUR = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by every reader
 
 
+def input_error(message):
+    """An InputError with this message. What is wrong is rare: only then is it worth the import of its class."""
+    from helper_functions import InputError
+
+    return InputError(message)
+
+
 def check_is_free(folder):
     """Raise InputError unless a new run may be written to `folder`: it is missing or empty, and can be made."""
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         what = "a former run" if (folder / "run.json").exists() else "other files"
-        raise InputError(f"--save_dir {folder} holds {what}: give another folder, or remove that one first")
+        raise input_error(f"--save_dir {folder} holds {what}: give another folder, or remove that one first")
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
-        raise InputError(f"--save_dir {folder}: {nearest} is not a folder; give another one")
+        raise input_error(f"--save_dir {folder}: {nearest} is not a folder; give another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--save_dir {folder}: {nearest} cannot be written to; give another folder")
+        raise input_error(f"--save_dir {folder}: {nearest} cannot be written to; give another folder")
 
 
 def check_holds_checkpoint(folder):
     """Raise InputError unless `folder` holds a checkpoint to evaluate, a whole model or an adapter."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint")
+        raise input_error(f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint")
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise InputError(f"--save_dir {folder} holds no checkpoint (no config.json, no adapter_config.json)")
+        raise input_error(f"--save_dir {folder} holds no checkpoint (no config.json, no adapter_config.json)")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--save_dir {folder} cannot be written to; copy it to a place of your own")
+        raise input_error(f"--save_dir {folder} cannot be written to; copy it to a place of your own")
 
 
 @contextmanager
@@ -101,6 +112,8 @@ def load_checkpoint(folder, model_name=None, cached=False):
     model_name: the base model of an adapter, a hub id or a folder; None for the one that the adapter names.
     cached: whether this run has loaded that base before. Raises InputError for what cannot be loaded.
     """
+    from helper_functions import InputError, load_model_and_tokenizer, one_line
+
     if not Path(folder, "adapter_config.json").exists():
         return load_model_and_tokenizer(str(folder), flag="--save_dir")
     from peft import PeftConfig, PeftModel
@@ -153,8 +166,10 @@ def read_run_json(folder):
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         return run if run["args"] and run["method"] else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)})") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        from helper_functions import one_line
+
+        raise input_error(f"{path} cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
 
 def write_run_json(folder, run):
@@ -210,6 +225,132 @@ def peak_ram_mb():
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # macOS counts bytes, Linux kilobytes
+
+
+# ---------------------------------------------------------------------------------------------------- read a run
+
+# What is read of a finished run, for `compare_runs.py`: fields of run.json and columns of its tables.
+METRICS = ["f1", "em", "avg_sem_sim", "bleu1", "rougeL", "meteor"]
+TEXTS = ["method", "device", "args.model_name", "args.dataset", "scoring.sem_model"]
+COUNTS = ["trainable_parameters", "total_parameters", "checkpoint_bytes", "best_epoch", "scoring.final_beams"]
+COUNTS += ["scoring.max_input_len", "scoring.max_target_len"]
+NUMBERS = ["args.seed", "final.f1", "final.em"]
+NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{name}" for name in METRICS)]
+EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
+EXAMPLE_COLUMNS = ["qid", "question", "tweet", "references", "prediction", "em", "f1", "sem_sim", "question_type"]
+
+
+def read_run(folder):
+    """The finished run in `folder`: (record, epochs, examples), checked against each other.
+
+    record: run.json; its "scoring" holds the arguments that the final metrics were made with, those of a later
+    --eval_only if there was one. epochs: metrics.csv. examples: validation_predictions.csv, the references as lists,
+    sem_sim NaN where it was not measured. Both are DataFrames.
+
+    Raises InputError if there is no run, or one that has not finished or whose files are damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise input_error(f"{folder}: there is no such folder; give one that a training script wrote (--save_dir)")
+    record = read_run_json(folder)
+    if record is None:
+        problem = "is not the record of a run" if (folder / "run.json").exists() else "is missing"
+        raise input_error(f"{folder / 'run.json'} {problem}: give a folder that a training script wrote (--save_dir)")
+    _check_record(folder, record)
+
+    path, best = folder / "metrics.csv", record["best_epoch"]
+    epochs = _read_table(path, EPOCH_COLUMNS)
+    for name in EPOCH_COLUMNS:
+        epochs[name] = _numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
+    if list(epochs["epoch"]) != list(range(1, len(epochs) + 1)) or len(epochs) < best:
+        raise input_error(f"{path} was cut off or changed: epochs 1 to {best} at least should be there, in order")
+
+    path, final = folder / "validation_predictions.csv", record["final"]
+    examples = _read_table(path, EXAMPLE_COLUMNS)
+    examples["references"] = [_parse_references(path, *entry) for entry in enumerate(examples["references"], start=1)]
+    for name, mean, low in (("f1", final["f1"], 0), ("em", final["em"], 0), ("sem_sim", final["avg_sem_sim"], -1)):
+        if mean is None:
+            examples[name] = math.nan
+            continue
+        examples[name] = _numbers(path, examples[name], low, 1)
+        if not math.isclose(examples[name].mean(), mean, abs_tol=1e-6):
+            found = f"the mean {name} of its {len(examples)} rows is {examples[name].mean():.4f}"
+            raise input_error(f"{path} was cut off or changed: {found}, but run.json says {mean:.4f}")
+    return record, epochs, examples
+
+
+def _check_record(folder, record):
+    """Raise InputError unless run.json is that of a training run that has finished, and holds what is read of it."""
+
+    def is_number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    record["scoring"] = record.get("eval_only") or record["args"]
+    if isinstance(record["args"], dict) and record["args"].get("eval_only"):
+        raise input_error(f"{folder} holds a checkpoint that was only scored (--eval_only), not a training run")
+    if record.get("final") is None or record.get("wall_time_seconds") is None or (folder / "last").exists():
+        raise input_error(f"{folder} holds a run that has not finished: let it end first, or leave it out")
+    held = ["holdout.metrics.f1"] if record.get("holdout") else []
+    for names, wanted, is_right in (
+        (TEXTS, "text", lambda value: isinstance(value, str)),
+        (COUNTS, "a number above 0", lambda value: is_number(value) and value > 0),
+        (NUMBERS + held, "a number", is_number),
+        (NUMBERS_OR_NULL, "a number or null", lambda value: value is None or is_number(value)),
+    ):
+        for name in names:
+            value = record
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if not is_right(value):
+                name = name.replace("scoring", "eval_only" if record.get("eval_only") else "args")
+                raise input_error(f"{folder / 'run.json'}: {name} must be {wanted}, not {json.dumps(value):.80}")
+    if record["method"] not in ("full", "lora"):
+        raise input_error(f"{folder / 'run.json'}: method must be full or lora, not {record['method']!r:.80}")
+    record["final"] = {name: record["final"].get(name) for name in METRICS}  # null for one that is missing
+
+
+def _read_table(path, columns):
+    """`columns` of a CSV file that a run wrote, as text. Raises InputError unless the file is there and whole."""
+    import pandas as pd
+
+    try:
+        text = path.read_bytes().decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except FileNotFoundError:
+        raise input_error(f"{path} is missing: the run folder is not whole") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise input_error(f"{path} was cut off or changed ({error})") from None
+    missing = [name for name in columns if name not in (reader.fieldnames or [])]
+    if missing:
+        raise input_error(f"{path} has no column {missing[0]}: it was cut off or changed")
+    broken = [number for number, row in enumerate(rows, start=1) if None in row or None in row.values()]
+    if broken or not rows or not text.endswith("\n"):
+        raise input_error(f"{path} was cut off or changed: row {broken[0] if broken else len(rows)} is not whole")
+    return pd.DataFrame(rows)[columns]
+
+
+def _numbers(path, column, low, high):
+    """A column of `_read_table` as floats. Raises InputError if one is not a number from `low` to `high`."""
+    import numpy as np
+    import pandas as pd
+
+    values = pd.to_numeric(column, errors="coerce").to_numpy(float)
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= low) & (values <= high)))
+    if len(wrong):
+        raise input_error(f"{path}, row {wrong[0] + 1}: {column.name} cannot be {column[wrong[0]]!r:.80}")
+    return values
+
+
+def _parse_references(path, number, text):
+    """The references of row `number`: a list of strings, written as JSON."""
+    try:
+        references = json.loads(text)
+        if references and isinstance(references, list) and all(isinstance(each, str) for each in references):
+            return references
+    except (ValueError, RecursionError):
+        pass
+    raise input_error(f"{path}, row {number}: references must be a list of texts as JSON, not {text!r:.80}")
 
 
 # -------------------------------------------------------------------------------------------------------- curves
@@ -321,6 +462,7 @@ def _answer_lengths(frame):
 
 def _stands_in_tweet(frame):
     """Whether one of the references stands in the tweet, word for word once both are normalized."""
+    from helper_functions import normalize_answer
 
     def stands(row):
         tweet = f" {normalize_answer(row['tweet'])} "

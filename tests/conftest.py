@@ -123,3 +123,21 @@ def run_script(script, *arguments, environ=None, timeout=600, meteor=False):
 
 
 SCRIPTS = ("tweet_qa_main.py", "tweet_qa_main_lora.py")
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory, standin, tweet_qa):
+    """A folder with the finished runs `full` and `lora`, one of each script, on a few real rows; to be read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    rows = json.loads((tweet_qa / "train.json").read_text())[:16]
+    (folder / "data").mkdir()
+    for split in ("train", "validation"):
+        (folder / "data" / f"{split}.json").write_text(json.dumps(rows))
+    for script, name in zip(SCRIPTS, ("full", "lora"), strict=True):
+        done = run_script(
+            script,
+            *("--model_name", standin, "--dataset", folder / "data", "--sem_model", "none"),
+            *("--epochs", 2, "--lr", 1e-2, "--save_dir", folder / name),
+        )
+        assert done.returncode == 0, done.stderr
+    return folder
