@@ -174,7 +174,7 @@ def decorate(tweet, filler):
         tweet += f" {rng.choice(EMOJI)}"
     if rng.random() < 0.15:
         tweet += " https://t.co/" + "".join(rng.choices(string.ascii_letters + string.digits, k=8))
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         date = f"{filler.value('month')} {rng.randint(1, 28)}, {rng.randint(2012, 2018)}"
         tweet += f" — {filler.value('first8')} ({filler.value('handle8')}) {date}"
     return tweet
@@ -331,6 +331,7 @@ class PretrainingText:
     def __init__(self, rng):
         self.rng, self.grammar = rng, read("pretraining.json")
         self.make, self.ordinary = pretraining_makers(self.grammar)
+        self.actions, self.near = self.grammar["actions"].split(), self.grammar["near"].split()
 
     def facts(self, count):
         """`count` facts: [(the wordings, the filler of their slots)], and a passage that says each in one wording."""
@@ -377,6 +378,83 @@ class PretrainingText:
             query = filler.fill(statement.replace(hidden, kind, 1))
         return f"{query} | {passage}", filler.value(slot)
 
+    def clause(self):
+        """A clause of words drawn at random, and the questions that it answers: (text, [(question, answer)])."""
+        rng, filler = self.rng, Filler(self.rng, self.make)
+        nouns = ("thing", "food", "animal", "spot", "material", "event", "job")
+        base, past = rng.choice(self.actions).replace("-", " ").split("/")
+        noun, other = (filler.value(rng.choice(nouns)) for _ in range(2))
+        person, name = filler.value(rng.choice(["name", "first"])), filler.value("first2")
+        subject = rng.choice([person, person, person, f"the {other}", f"the {rng.choice(self.ordinary)} {other}"])
+        asked = "who" if subject == person or rng.random() < 0.5 else "what"
+        kind = rng.choice(["plain", "plain", "adjective", "number", "owner", "person"])
+        adjective, number = rng.choice(self.ordinary), filler.value("num")
+        thing = {
+            "plain": f"{rng.choice(['the', 'a', 'this'])} {noun}",
+            "adjective": f"the {adjective} {noun}",
+            "number": f"{number} {noun}s",
+            "owner": f"{name}'s {noun}",
+            "person": name,
+        }[kind]
+        where = (
+            f"{rng.choice(self.near)} {filler.value('place') if rng.random() < 0.6 else 'the ' + filler.value('spot')}"
+        )
+        when = rng.choice(
+            [
+                filler.value("day"),
+                f"on {filler.value('day')}",
+                f"in {filler.value('month')}",
+                f"at {filler.value('time')}",
+            ]
+        )
+        why = filler.value("why")
+        parts = {part for part in ("where", "when", "why") if rng.random() < 0.4}
+        tail = [text for part, text in (("where", where), ("when", when)) if part in parts]
+        rng.shuffle(tail)
+        rest = " ".join([*tail, *([f"{rng.choice(['because', 'since', 'as'])} {why}"] if "why" in parts else [])])
+        passive = rng.random() < 0.2
+        text = (
+            f"{thing} {'were' if kind == 'number' else 'was'} {past} by {subject} {rest}"
+            if passive
+            else f"{subject} {past} {thing} {rest}"
+        )
+        if "when" in parts and rng.random() < 0.2:
+            text = f"{when} {text.replace(when, '', 1)}"
+        short = rng.choice([subject, subject.split()[-1] if subject == person else subject, "they"])
+        some = rng.choice([thing, thing, f"the {noun}"]) if kind != "person" else thing
+        about = rng.choice(["", "", f" {rest}"])
+        did = f"{asked} {past}"
+        questions = [(f"{did} {some}{about}", subject), (f"{did} {some}", subject)]
+        questions += [(f"{'who' if kind == 'person' else 'what'} did {short} {base}{about}", thing)] * 2
+        questions += [(f"what did {short} do", f"{past} {thing}")] * (not passive)
+        if kind == "number":
+            questions += [
+                (f"how many {noun}s did {short} {base}", number),
+                (f"how many {noun}s were {past}", number),
+            ] * 2
+        if kind == "owner":
+            questions += [(f"whose {noun} did {short} {base}", f"{name}'s")] * 2
+        if kind == "adjective":
+            questions += [(f"which {noun} did {short} {base}", thing)] * 2
+        for part, answer in (("where", where), ("when", when), ("why", why)):
+            if part in parts:
+                questions += [(f"{part} did {short} {base} {some}", answer), (f"{part} was {some} {past}", answer)]
+        return " ".join(text.split()), questions
+
+    def asked(self):
+        """Answer a question about one of some clauses, with other text around it."""
+        rng = self.rng
+        text, questions = self.clause()
+        sentences = [text, *(self.clause()[0] for _ in range(rng.choice([0, 1, 1, 2])))]
+        if rng.random() < 0.4:
+            sentences.append(self.facts(1)[1])
+        if rng.random() < 0.3:
+            sentences.append(Filler(rng, self.make).value(rng.choice(["tag", "handle", "title"])))
+        rng.shuffle(sentences)
+        passage = "".join(sentence + rng.choice([". ", ". ", "! ", " ", ", ", " and "]) for sentence in sentences)
+        question, answer = rng.choice(questions)
+        return f"{question} | {passage.strip()}", answer
+
     def masked(self):
         """T5's span corruption: 15 % of the words masked in spans of 3 on average."""
         rng = self.rng
@@ -416,15 +494,15 @@ class PretrainingText:
         return f"{kind} | {' '.join(words)}", text
 
     def draw(self, step):
-        if step < COPY_STEPS or self.rng.random() < 0.15:
+        if step < COPY_STEPS:
             return self.copy()
-        task = self.rng.choices([self.gap, self.masked, self.picked], [7, 2, 1])[0]
-        return task()
+        tasks = [self.asked, self.gap, self.copy, self.masked, self.picked]
+        return self.rng.choices(tasks, [8, 6, 3, 2, 1])[0]()
 
 
 # ------------------------------------------------------------------------------------------------------ pretraining
 
-COPY_STEPS = 2000  # copying alone at first: its long targets teach it in minutes, the other tasks' take far longer
+COPY_STEPS = 1200  # copying alone at first: its long targets teach it in minutes, the other tasks' take far longer
 PIECES = 2000  # of the tokenizer, with T5's 100 sentinels among them
 BATCH = 32
 SHAPE = {
@@ -512,7 +590,7 @@ def pretrain(out, steps, lr, seed):
     write_start(beside, train_tokenizer(tokenizer_corpus(seed)))
     model, tokenizer = load_model_and_tokenizer(str(beside))
     probe = PretrainingText(random.Random(f"{seed} probe"))
-    pairs = [probe.gap() for _ in range(200)]
+    pairs = [task() for task in (probe.asked, probe.gap) for _ in range(100)]
     # scale_parameter makes each step relative to the size of the weights that it changes. From T5's random start AdamW
     # needs several times as many steps.
     optimizer = Adafactor(model.parameters(), lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
@@ -533,9 +611,9 @@ def pretrain(out, steps, lr, seed):
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % max(1, min(100, steps // 4)) == 0:
-            row = {"step": step, "loss": round(sum(losses) / len(losses), 4), "gap_exact_match": None}
+            row = {"step": step, "loss": round(sum(losses) / len(losses), 4), "probe_exact_match": None}
             if step % 500 == 0 or step == steps:
-                row["gap_exact_match"] = exact_share(model, tokenizer, pairs)
+                row["probe_exact_match"] = exact_share(model, tokenizer, pairs)
             log.append(row | {"seconds": round(time.perf_counter() - started)})
             losses.clear()
             print(*(f"{name}={value}" for name, value in log[-1].items() if value is not None), flush=True)
@@ -565,9 +643,11 @@ def draw_log(path, log):
     axes.set_ylim(bottom=0)
     axes.axvline(COPY_STEPS, color="grey", linestyle=":", linewidth=1)
     axes.text(COPY_STEPS, axes.get_ylim()[1] * 0.97, " all tasks from here on", color="grey", va="top")
-    probed = [row for row in log if row["gap_exact_match"] is not None]
+    probed = [row for row in log if row["probe_exact_match"] is not None]
     right = axes.twinx()
-    right.plot([row["step"] for row in probed], [row["gap_exact_match"] for row in probed], color="#D55E00", marker="o")
+    right.plot(
+        [row["step"] for row in probed], [row["probe_exact_match"] for row in probed], color="#D55E00", marker="o"
+    )
     right.set_ylabel("exact match on 200 unseen gaps", color="#D55E00")
     right.set_ylim(0, 1)
     with writing(path) as beside:
@@ -583,7 +663,7 @@ def main(argv=None):
             "--out", type=Path, default=HERE / folder, help="folder to write, in place of what is there"
         )
         command.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    command.add_argument("--steps", type=int, default=10000, help="optimizer steps, batches of 32")
+    command.add_argument("--steps", type=int, default=9000, help="optimizer steps, batches of 32")
     command.add_argument(
         "--lr", type=float, default=0.015, help="peak learning rate of Adafactor, relative to the weights"
     )
