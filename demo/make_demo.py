@@ -326,10 +326,13 @@ def pretraining_makers(grammar):
 
 
 class PretrainingText:
-    """Draws (source, target) pairs of text; `rng` decides everything."""
+    """Draws (source, target) pairs of text; `rng` decides everything.
 
-    def __init__(self, rng):
-        self.rng, self.grammar = rng, read("pretraining.json")
+    stage: of STAGES, counted from 0. From the second on, passages are dressed as tweets are and speak of "I" and "my".
+    """
+
+    def __init__(self, rng, stage=0):
+        self.rng, self.stage, self.grammar = rng, stage, read("pretraining.json")
         self.make, self.ordinary = pretraining_makers(self.grammar)
         self.actions, self.near = self.grammar["actions"].split(), self.grammar["near"].split()
 
@@ -387,6 +390,9 @@ class PretrainingText:
         person, name = filler.value(rng.choice(["name", "first"])), filler.value("first2")
         subject = rng.choice([person, person, person, f"the {other}", f"the {rng.choice(self.ordinary)} {other}"])
         asked = "who" if subject == person or rng.random() < 0.5 else "what"
+        first_person = self.stage > 0 and rng.random() < 0.2
+        if first_person:
+            subject, asked = rng.choice(["I", "we"]), "who"
         kind = rng.choice(["plain", "plain", "adjective", "number", "owner", "person"])
         adjective, number = rng.choice(self.ordinary), filler.value("num")
         thing = {
@@ -396,6 +402,9 @@ class PretrainingText:
             "owner": f"{name}'s {noun}",
             "person": name,
         }[kind]
+        owner = f"{name}'s"
+        if kind == "owner" and self.stage > 0 and rng.random() < 0.3:
+            thing, owner = f"{rng.choice(['my', 'our'])} {noun}", "the author's"
         where = (
             f"{rng.choice(self.near)} {filler.value('place') if rng.random() < 0.6 else 'the ' + filler.value('spot')}"
         )
@@ -422,9 +431,12 @@ class PretrainingText:
             text = f"{when} {text.replace(when, '', 1)}"
         short = rng.choice([subject, subject.split()[-1] if subject == person else subject, "they"])
         some = rng.choice([thing, thing, f"the {noun}"]) if kind != "person" else thing
+        if first_person:
+            short = rng.choice(["the author", "the author", "they"])
+        doer = "the author" if first_person else subject
         about = rng.choice(["", "", f" {rest}"])
         did = f"{asked} {past}"
-        questions = [(f"{did} {some}{about}", subject), (f"{did} {some}", subject)]
+        questions = [(f"{did} {some}{about}", doer), (f"{did} {some}", doer)]
         questions += [(f"{'who' if kind == 'person' else 'what'} did {short} {base}{about}", thing)] * 2
         questions += [(f"what did {short} do", f"{past} {thing}")] * (not passive)
         if kind == "number":
@@ -433,7 +445,7 @@ class PretrainingText:
                 (f"how many {noun}s were {past}", number),
             ] * 2
         if kind == "owner":
-            questions += [(f"whose {noun} did {short} {base}", f"{name}'s")] * 2
+            questions += [(f"whose {noun} did {short} {base}", owner)] * 2
         if kind == "adjective":
             questions += [(f"which {noun} did {short} {base}", thing)] * 2
         for part, answer in (("where", where), ("when", when), ("why", why)):
@@ -453,7 +465,23 @@ class PretrainingText:
         rng.shuffle(sentences)
         passage = "".join(sentence + rng.choice([". ", ". ", "! ", " ", ", ", " and "]) for sentence in sentences)
         question, answer = rng.choice(questions)
-        return f"{question} | {passage.strip()}", answer
+        return f"{question} | {self.dress(passage.strip()) if self.stage > 0 else passage.strip()}", answer
+
+    def dress(self, passage):
+        """The passage with what stands around tweets, and answers no question."""
+        rng, filler = self.rng, Filler(self.rng, self.make)
+        if rng.random() < 0.1:
+            passage = f"RT {filler.value('handle')}: {passage}"
+        if rng.random() < 0.3:
+            passage += f" {filler.value('tag')}"
+        if rng.random() < 0.2:
+            passage += f" {rng.choice(EMOJI)}"
+        if rng.random() < 0.15:
+            passage += " https://t.co/" + "".join(rng.choices(string.ascii_letters + string.digits, k=8))
+        if rng.random() < 0.2:
+            date = f"{filler.value('month')} {rng.randint(1, 28)}, {rng.randint(2010, 2020)}"
+            passage += f" — {filler.value('name')} ({filler.value('handle2')}) {date}"
+        return passage
 
     def masked(self):
         """T5's span corruption: 15 % of the words masked in spans of 3 on average."""
@@ -494,14 +522,17 @@ class PretrainingText:
         return f"{kind} | {' '.join(words)}", text
 
     def draw(self, step):
-        if step < COPY_STEPS:
+        """One pair of the task mix that the stage has at its `step`, counted from 0."""
+        if self.stage == 0 and step < COPY_STEPS:
             return self.copy()
         tasks = [self.asked, self.gap, self.copy, self.masked, self.picked]
-        return self.rng.choices(tasks, [8, 6, 3, 2, 1])[0]()
+        return self.rng.choices(tasks, STAGES[self.stage][1])[0]()
 
 
 # ------------------------------------------------------------------------------------------------------ pretraining
 
+# (steps, weights of the tasks asked, gap, copy, masked, picked)
+STAGES = [(5000, [8, 6, 3, 2, 1]), (7000, [10, 4, 3, 1, 1])]
 COPY_STEPS = 1200  # copying alone at first: its long targets teach it in minutes, the other tasks' take far longer
 PIECES = 2000  # of the tokenizer, with T5's 100 sentinels among them
 BATCH = 32
@@ -580,23 +611,41 @@ def exact_share(model, tokenizer, pairs):
 
 
 def pretrain(out, steps, lr, seed):
-    """Train the tokenizer and the model, and write them to `out` with a log (CSV) and its curve (PNG)."""
+    """Train the tokenizer and the model, and write them to `out` with a log (CSV) and its curve (PNG).
+
+    steps: None for those of STAGES, or how many to make of each stage. lr: the peak learning rate.
+    """
     quiet_libraries()
     torch.set_num_threads(1)  # with more, sums are made in another order, and the weights differ in the last digits
     torch.manual_seed(seed)
-    text = PretrainingText(random.Random(f"{seed} text"))
     beside = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
     write_start(beside, train_tokenizer(tokenizer_corpus(seed)))
     model, tokenizer = load_model_and_tokenizer(str(beside))
-    probe = PretrainingText(random.Random(f"{seed} probe"))
+    log = []
+    for stage, (stage_steps, _) in enumerate(STAGES):
+        rows = train_stage(model, tokenizer, stage, steps or stage_steps, lr, seed)
+        done = log[-1] if log else {"step": 0, "seconds": 0}
+        log += [row | {name: row[name] + done[name] for name in done if name in ("step", "seconds")} for row in rows]
+        model.save_pretrained(beside)
+    write_table(beside / "pretraining_log.csv", log)
+    draw_log(beside / "pretraining_loss.png", log)
+    shutil.rmtree(out, ignore_errors=True)
+    beside.rename(out)
+
+
+def train_stage(model, tokenizer, stage, steps, lr, seed):
+    """Train on a stage's text; returns the rows of its log. The last stage lets the learning rate fall in its second
+    half."""
+    text = PretrainingText(random.Random(f"{seed} text" + stage * " 2"), stage)
+    probe = PretrainingText(random.Random(f"{seed} probe"), stage)
     pairs = [task() for task in (probe.asked, probe.gap) for _ in range(100)]
     # scale_parameter makes each step relative to the size of the weights that it changes. From T5's random start AdamW
     # needs several times as many steps.
     optimizer = Adafactor(model.parameters(), lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
-    rise, fall = max(1, min(200, steps // 4)), steps * 0.6
+    rise, fall = max(1, min(200, steps // 4)), steps // 2 if stage == len(STAGES) - 1 else steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, 1, max(0.02, (steps - step) / (steps - fall)))
+        optimizer, lambda step: min((step + 1) / rise, 1, (steps + 1 - step) / (steps + 1 - fall))
     )
     log, losses, started = [], [], time.perf_counter()
     for step in range(1, steps + 1):
@@ -611,17 +660,14 @@ def pretrain(out, steps, lr, seed):
         optimizer.zero_grad()
         losses.append(loss.item())
         if step % max(1, min(100, steps // 4)) == 0:
-            row = {"step": step, "loss": round(sum(losses) / len(losses), 4), "probe_exact_match": None}
+            row = {"stage": stage + 1, "step": step, "loss": round(sum(losses) / len(losses), 4)}
+            row["probe_exact_match"] = None
             if step % 500 == 0 or step == steps:
                 row["probe_exact_match"] = exact_share(model, tokenizer, pairs)
             log.append(row | {"seconds": round(time.perf_counter() - started)})
             losses.clear()
             print(*(f"{name}={value}" for name, value in log[-1].items() if value is not None), flush=True)
-    model.save_pretrained(beside)
-    write_table(beside / "pretraining_log.csv", log)
-    draw_log(beside / "pretraining_loss.png", log)
-    shutil.rmtree(out, ignore_errors=True)
-    beside.rename(out)
+    return log
 
 
 def tokenizer_corpus(seed):
@@ -663,7 +709,7 @@ def main(argv=None):
             "--out", type=Path, default=HERE / folder, help="folder to write, in place of what is there"
         )
         command.add_argument("--seed", type=int, default=0, help="of all that is drawn")
-    command.add_argument("--steps", type=int, default=9000, help="optimizer steps, batches of 32")
+    command.add_argument("--steps", type=int, help="optimizer steps of each stage (default: those of STAGES)")
     command.add_argument(
         "--lr", type=float, default=0.015, help="peak learning rate of Adafactor, relative to the weights"
     )

@@ -61,16 +61,26 @@ def test_the_sample_is_like_tweet_qa(splits):
     assert len({row["qid"] for rows in splits.values() for row in rows}) == 1300
 
 
-def test_pretraining_runs_and_learns(tmp_path, capsys):
-    """The whole command on a few steps: tokenizer, model, log and curve; and the loss falls."""
-    make_demo.main(["pretrain", "--out", str(tmp_path / "tiny"), "--steps", "24"])
+def test_pretraining_runs_and_learns(tmp_path):
+    """The whole command on a few steps: tokenizer, model, both stages, log and curve; and the loss falls."""
+    make_demo.main(["pretrain", "--out", str(tmp_path / "tiny"), "--steps", "12"])
     log = pd.read_csv(tmp_path / "tiny" / "pretraining_log.csv")
-    assert log["step"].tolist() == [6, 12, 18, 24] and log["loss"].is_monotonic_decreasing
+    assert log["step"].tolist() == [3, 6, 9, 12, 15, 18, 21, 24] and log["stage"].tolist() == [1] * 4 + [2] * 4
+    assert log["loss"][3] < log["loss"][0] - 0.5
     assert (tmp_path / "tiny" / "pretraining_loss.png").stat().st_size > 5000
     shipped, made = (json.loads((folder / "config.json").read_text()) for folder in (CHECKPOINT, tmp_path / "tiny"))
     assert made == shipped
     assert (tmp_path / "tiny" / "tokenizer.json").read_bytes() == (CHECKPOINT / "tokenizer.json").read_bytes()
     assert not list(tmp_path.glob(".tmp*"))
+
+
+def test_pretraining_never_reads_a_name_of_the_sample():
+    names = make_demo.split_names(make_demo.read("words.json")["entities"], make_demo.random.Random(0))
+    known = {name.lower() for part in names.values() for kind in ("first", "last", "place") for name in part[kind]}
+    text = make_demo.PretrainingText(make_demo.random.Random(1), stage=1)
+    read = {word for _ in range(1000) for word in re.findall(r"\w+", " ".join(text.draw(0)).lower())}
+    assert len(known) > 150 and len(read) > 3000
+    assert not known & read
 
 
 def test_the_checkpoint_is_small_and_untied():
