@@ -47,6 +47,10 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message is one line that names it and says what to do."""
 
 
+class RunError(Exception):
+    """A run that has begun cannot go on: the message is one line that says why."""
+
+
 def one_line(error):
     """The message of an exception as one line of at most 300 characters, for a message of ours that quotes it."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -165,7 +165,7 @@ def test_a_save_dir_that_is_taken(place, capfd):
     (place / "old" / "run.json").write_text("{}")
     (place / "other").mkdir()
     (place / "other" / "thesis.txt").write_text("do not lose me")
-    assert_refused(place, capfd, "--save_dir old holds a former run: give another folder", "--save_dir", "old")
+    assert_refused(place, capfd, "--save_dir old holds a former run: go on with it (--resume)", "--save_dir", "old")
     assert_refused(place, capfd, "--save_dir other holds other files: give another folder", "--save_dir", "other")
     message = "other/thesis.txt is not a folder; give another one"
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt")
