@@ -210,7 +210,7 @@ def load_checkpoint(folder, model_name=None, cached=False):
     try:
         config = PeftConfig.from_pretrained(folder)
         if config.peft_type != "LORA":
-            raise InputError(f"--save_dir {folder} holds an adapter of type {config.peft_type}, not LORA")
+            raise InputError(f"--save_dir {folder} holds an adapter of type {config.peft_type.value}, not LORA")
         base_name = model_name or config.base_model_name_or_path
         base, tokenizer = load_model_and_tokenizer(base_name, cached)
         if run.get("identity", {}).get("weights (--model_name)") not in (None, weights_sha256(base)):
@@ -403,7 +403,9 @@ def read_run_json(folder):
         return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return run if run["args"] and run["method"] else None
+        if not isinstance(run["args"], dict) or not isinstance(run["method"], str):
+            raise ValueError("it is no record of a run")
+        return run
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)})") from None
 
