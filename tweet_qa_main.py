@@ -47,6 +47,7 @@ from helper_functions import (
     load_model_and_tokenizer,
     load_sem_model,
     load_tweet_qa,
+    one_line,
     predict,
     quiet_libraries,
     tweet_key,
@@ -66,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, but a wrong argument gets one line, without the usage."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the arguments)\n")
+        self.exit(2, f"error: {' '.join(message.splitlines())} (--help lists the arguments)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -77,15 +78,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def at_least(low):
-    """An argparse type: a whole number from `low` up."""
+    """An argparse type: a whole number from `low` up, as long as the libraries can count with it."""
 
     def parse(text):
         try:
-            if int(text) >= low:
-                return int(text)
+            number = int(text)
         except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+        if number >= 2**32:
+            raise argparse.ArgumentTypeError(f"must be below 2**32, not {text!r}")
+        return number
 
     return parse
 
@@ -100,24 +104,41 @@ def positive_float(text):
     raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
 
 
-def seed_number(text):
-    """An argparse type: a seed, as numpy takes it."""
-    if at_least(0)(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be below 2**32, not {text!r}")
-    return int(text)
+def path_or_id(text):
+    """An argparse type: what can be a path or a hub id. Whether it is one is seen when it is used."""
+    try:
+        text.encode("utf-8")  # it is printed, and written to run.json
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, not to be reached, a NUL byte, not UTF-8
+        raise argparse.ArgumentTypeError(f"cannot be used: {one_line(error)}") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def build_parser(description, lr, save_dir):
     """The arguments of both scripts, with the defaults in which they differ."""
     parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model_name", help=f"T5 model: hub id or folder (default: {DEFAULT_MODEL})")
-    add("--dataset", default="ucsbnlp/tweet_qa", help="hub id, or folder of train/validation/test files")
-    add("--save_dir", default=save_dir, help="run folder to write; a new run's must not hold anything yet")
+    add("--model_name", type=path_or_id, help=f"T5 model: hub id or folder (default: {DEFAULT_MODEL})")
+    add(
+        "--dataset",
+        type=path_or_id,
+        default="ucsbnlp/tweet_qa",
+        help="hub id, or folder of train/validation/test files",
+    )
+    add(
+        "--save_dir",
+        type=path_or_id,
+        default=save_dir,
+        help="run folder to write; a new run's must not hold anything yet",
+    )
     add("--resume", action="store_true", help="go on with the interrupted run in --save_dir, to the same result")
     add("--overwrite", action="store_true", help="replace the run in --save_dir, once the input is checked")
     add("--save_every", type=at_least(0), default=0, help="steps between saves for --resume; 0: epochs only")
-    add("--seeds", type=seed_number, nargs="+", help="run these in turn, in SAVE_DIR/seed_N (default: --seed alone)")
+    add("--seeds", type=at_least(0), nargs="+", help="run these in turn, in SAVE_DIR/seed_N (default: --seed alone)")
     add("--eval_only", action="store_true", help="train nothing: evaluate the checkpoint in --save_dir once more")
     add("--epochs", type=at_least(1), default=5, help="passes over the training rows")
     add("--batch_size", type=at_least(1), default=8, help="training examples per forward pass")
@@ -125,14 +146,19 @@ def build_parser(description, lr, save_dir):
     add("--auto_batch_size", action="store_true", help="where memory runs out, halve the batch and double its number")
     add("--lr", type=positive_float, default=lr, help="peak learning rate; 6%% linear warm-up, then linearly to 0")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on GPUs made for it")
-    add("--seed", type=seed_number, default=42, help="of data order, dropout and adapter")
+    add("--seed", type=at_least(0), default=42, help="of data order, dropout and adapter")
     add("--patience", type=at_least(0), default=0, help="stop after so many epochs without a better F1; 0: never")
     add("--eval_batch_size", type=at_least(1), default=32, help="validation examples per batch")
     add("--eval_beams", type=at_least(1), default=1, help="beams after each epoch; 1 is greedy")
     add("--final_beams", type=at_least(1), default=5, help="beams of the final evaluation")
     add("--max_input_len", type=at_least(8), default=256, help="most tokens of a prompt; TweetQA's longest has 141")
     add("--max_target_len", type=at_least(2), default=32, help="most tokens of an answer, trained and generated")
-    add("--sem_model", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id, folder, or none to switch off")
+    add(
+        "--sem_model",
+        type=path_or_id,
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        help="hub id, folder, or none to switch off",
+    )
     add("--max_train_samples", type=at_least(1), help="train on the first so many rows only (default: all)")
     add("--max_eval_samples", type=at_least(1), help="evaluate the first so many rows of a split (default: all)")
     add("--holdout", type=at_least(0), default=0, help="training rows to set aside, by tweet, and score at the end")
@@ -771,10 +797,10 @@ def run_from_command_line(parser, argv=None, wrap=None):
             for args in runs:  # noqa: B007 (what is said below is about the last of them)
                 run(args, wrap)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # a name that it quotes can hold a line break
         return 2
     except RunError as error:
-        print(f"error: {error} | {way_on(args, wrap)}", file=sys.stderr)
+        print("error:", *f"{error} | {way_on(args, wrap)}".splitlines(), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted: {way_on(args, wrap)}", file=sys.stderr)

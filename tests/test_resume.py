@@ -3,13 +3,13 @@
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PROJECT, SCRIPTS
+from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
 
 import run_folder
@@ -203,54 +203,65 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def run_in_process(script, argv):
+    sys.exit(MAIN[script](argv))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_20_random_moments(place, whole, tmp_path, script):
-    """SIGKILL of a real process, at random moments and at random moments of a save; each is resumed to the same end."""
+    """SIGKILL of a real process, at random moments and at random moments of a save; each is resumed to the same end.
+
+    The processes are forked from one that has imported the libraries: what they do from then on is the whole run.
+    """
     rng = random.Random(script)
-    command = [sys.executable, str(PROJECT / script), *arguments(place, script, tmp_path / "run", "--save_every", 1)]
     folder = tmp_path / "run"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tweet_qa_main_lora", "peft", "pandas", "matplotlib.figure", "pyarrow.parquet"])
 
     def start(*more):
-        process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for line in process.stdout:
-            if line.startswith("steps:"):
-                break
+        argv = arguments(place, script, folder, "--save_every", 1, *more)
+        process = context.Process(target=run_in_process, args=(script, argv))
+        process.start()
         return process
 
-    began = time.perf_counter()
+    def names():
+        return set(os.listdir(folder)) if folder.exists() else set()
+
+    def wait_for_its_beginning(process):
+        while process.is_alive() and "run.json" not in names():
+            time.sleep(0.001)
+        return time.perf_counter()
+
     process = start()
-    began = time.perf_counter()
-    assert process.wait() == 0
+    began = wait_for_its_beginning(process)
+    process.join()
+    assert process.exitcode == 0
     length = time.perf_counter() - began
     shutil.rmtree(folder)
 
     kills, saving, checkpoints = 0, 0, 0
     while kills < 20:
         process = start()
-        until = time.perf_counter() + rng.random() * length
+        until = wait_for_its_beginning(process) + rng.random() * length
         in_save = rng.random() < 0.5
-        while process.poll() is None:
-            names = set(os.listdir(folder)) if folder.exists() else set()
-            if time.perf_counter() > until and (not in_save or names & run_folder.UNRENAMED):
+        while process.is_alive():
+            if time.perf_counter() > until and (not in_save or names() & run_folder.UNRENAMED):
                 process.kill()
-                break
             time.sleep(0.001)
-        if process.wait() != -signal.SIGKILL:
-            shutil.rmtree(folder)
-            continue  # it came to its end before
-        kills += 1
-        names = set(os.listdir(folder)) if folder.exists() else set()
-        saving += bool(names & (run_folder.UNRENAMED | {".old-last"}))
-        if WEIGHTS[script] in names:
-            run_folder.load_checkpoint(folder, str(place / "model"))
-            checkpoints += 1
-        process = start(*["--resume"] * ("run.json" in names))
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-        assert_same_end(script, folder, whole[script])
+        if process.exitcode == -signal.SIGKILL:  # else it came to its end before
+            kills += 1
+            left = names()
+            saving += bool(left & (run_folder.UNRENAMED | {".old-last"}))
+            if WEIGHTS[script] in left:
+                run_folder.load_checkpoint(folder, str(place / "model"))
+                checkpoints += 1
+            process = start("--resume")
+            process.join()
+            assert process.exitcode == 0
+            assert_same_end(script, folder, whole[script])
+            print(f"kill {kills}: {sorted(left)}")
         shutil.rmtree(folder)
-        print(f"kill {kills}: {sorted(names)}")
     print(f"{script}: {kills} kills, {saving} of them in a save, {checkpoints} with a best checkpoint")
     assert saving >= 3 and checkpoints >= 3
 
