@@ -1,5 +1,5 @@
 # make test        all checks that take minutes: what to run after a change
-# make test-slow   the long ones: the full flan-t5-small shape
+# make test-slow   the long ones: the full flan-t5-small shape, runs killed at random moments
 # make format      let ruff format and mend the code
 
 PYTHON ?= python3

@@ -350,7 +350,8 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
     if not _is_local(model_name) and not cached:
         _ask_hub_once(model_name, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, local_files_only=cached)
+        # trust_remote_code: left out, transformers would ask at the terminal whether to run the code in the folder.
+        tokenizer = AutoTokenizer.from_pretrained(model_name, local_files_only=cached, trust_remote_code=False)
         # float32: training keeps full-precision weights, whatever type the checkpoint was saved in.
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             model_name,
@@ -358,6 +359,7 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=cached,
+            trust_remote_code=False,
         )
     except Exception as error:
         raise _cannot_load(flag, model_name, "model", error) from None
@@ -388,7 +390,10 @@ def load_sem_model(name, device):
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(name, device=str(device))
+        # Neither code nor pickled weights from there, as for the T5 model.
+        return SentenceTransformer(
+            name, device=str(device), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
     except Exception as error:
         raise _cannot_load("--sem_model", name, "similarity model", error) from None
 

@@ -330,7 +330,7 @@ def remove_last(folder):
     for name in ("last", ".old-last", *UNRENAMED):
         path = Path(folder, name)
         if path.is_file():
-            path.unlink()
+            path.unlink(missing_ok=True)
         else:
             shutil.rmtree(path, ignore_errors=True)
 
