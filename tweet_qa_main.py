@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -599,7 +599,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
 
     def save():
         state.wall_seconds = time.perf_counter() - started
-        loop = {"state": asdict(state), "schedule": schedule.state_dict()}
+        loop = {"state": vars(state), "schedule": schedule.state_dict()}
         run_folder.save_last(folder, accelerator, loop)
 
     def out_of_patience():

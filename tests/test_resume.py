@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from conftest import SCRIPTS
 from safetensors.torch import load_file, save_file
 
+import helper_functions
 import run_folder
 import tweet_qa_main
 import tweet_qa_main_lora
@@ -120,7 +121,7 @@ def test_a_run_stopped_five_times_ends_like_one_that_was_not(place, whole, tmp_p
     folder = tmp_path / "run"
     stops = [  # where the signal comes, which call of it, the signal, and the step that is the last one then
         (tweet_qa_main, "_all_told_to_stop", 2, signal.SIGTERM, 2),
-        (tweet_qa_main, "evaluate", 1, signal.SIGINT, 6),
+        (helper_functions, "decode_batch", 1, signal.SIGINT, 6),
         (tweet_qa_main, "_all_told_to_stop", 4, signal.SIGINT, 10),
         (run_folder, "save_last", 1, signal.SIGTERM, 12),
         (tweet_qa_main, "add_leaderboard_scores", 1, signal.SIGTERM, 18),
@@ -186,6 +187,19 @@ def test_an_interrupted_save_leaves_a_whole_last_folder(tmp_path, monkeypatch):
         ends.append(saved())
         assert ends[-1] in (before, step)
     assert 0 in ends[:3] and ends[-1] == 11  # among them are kills before and after the newer one took its place
+
+
+def test_a_signal_while_loading_leaves_everything_as_it_was(place, stopped, tmp_path, monkeypatch, capfd):
+    script = "tweet_qa_main.py"
+    signal_when(monkeypatch, tweet_qa_main, "load_sem_model", 1)
+    assert MAIN[script](arguments(place, script, tmp_path / "run")) == 143
+    assert capfd.readouterr().err == "interrupted: there is nothing to resume\n" and not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    before = contents(stopped[script])
+    signal_when(monkeypatch, tweet_qa_main, "load_sem_model", 1, signal.SIGINT)
+    assert MAIN[script](arguments(place, script, stopped[script], "--resume")) == 130
+    assert capfd.readouterr().err == "interrupted: --resume goes on after step 8\n"
+    assert contents(stopped[script]) == before
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch):
@@ -658,9 +672,9 @@ def test_an_odd_batch_is_divided_so_that_the_effective_batch_stays(place, tmp_pa
 FULL_DISKS = [  # what is written when the disk is full, how many bytes still fit in a file, and in which script
     ("save_last", 100_000, "tweet_qa_main.py"),
     ("save_checkpoint", 2_000, "tweet_qa_main_lora.py"),
-    ("write_table", 100, "tweet_qa_main.py"),
 ]
 MORE_FULL_DISKS = [(what, limit, script) for what, limit, _ in FULL_DISKS for script in SCRIPTS for limit in (0, limit)]
+MORE_FULL_DISKS += [("write_table", 100, "tweet_qa_main.py"), ("write_table", 0, "tweet_qa_main_lora.py")]
 FULL_DISKS += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FULL_DISKS if case not in FULL_DISKS]
 
 
