@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from run_folder import METRICS, input_error, read_run, writing
+from run_folder import HARMLESS_ARGUMENTS, METRICS, input_error, read_run, writing
 
 TITLE = "# Comparison of runs"  # the first line of comparison.md, by which a former comparison is known
 RESAMPLES = 10_000
@@ -31,7 +31,7 @@ MB = 2**20  # bytes, as in the run folder's own figures
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 EXAMPLE = ["qid", "question", "tweet", "references"]  # what an example is, whatever a model makes of it
 # Arguments that set no two methods apart; those that choose the training rows; those that the scores depend on.
-NOT_THE_METHOD = {"seed", "seeds", "save_dir", "resume", "eval_only", "report_to"}
+NOT_THE_METHOD = {"seed", *HARMLESS_ARGUMENTS} - {"model_name", "dataset"}
 TRAINING_ROWS = ["max_train_samples", "holdout", "drop_leaked"]
 SCORING = ["sem_model", "final_beams", "max_input_len", "max_target_len"]
 # The figures of the table: title and format.
@@ -502,13 +502,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         compare(args.runs, args.out)
-    except ValueError as error:
-        from helper_functions import InputError
+    except Exception as error:
+        from helper_functions import InputError, RunError  # only now: it takes seconds, with torch
 
-        if not isinstance(error, InputError):
+        if not isinstance(error, InputError | RunError):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     return 0
 
 

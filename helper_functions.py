@@ -47,6 +47,10 @@ class InputError(ValueError):
     """Something the user gave is wrong: the message is one line that names it and says what to do."""
 
 
+class RunError(Exception):
+    """A run that has begun cannot go on: the message is one line that says why."""
+
+
 def one_line(error):
     """The message of an exception as one line of at most 300 characters, for a message of ours that quotes it."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -346,7 +350,8 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
     if not _is_local(model_name) and not cached:
         _ask_hub_once(model_name, "model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name, local_files_only=cached)
+        # trust_remote_code: left out, transformers would ask at the terminal whether to run the code in the folder.
+        tokenizer = AutoTokenizer.from_pretrained(model_name, local_files_only=cached, trust_remote_code=False)
         # float32: training keeps full-precision weights, whatever type the checkpoint was saved in.
         model, report = AutoModelForSeq2SeqLM.from_pretrained(
             model_name,
@@ -354,6 +359,7 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
             use_safetensors=True,
             output_loading_info=True,
             local_files_only=cached,
+            trust_remote_code=False,
         )
     except Exception as error:
         raise _cannot_load(flag, model_name, "model", error) from None
@@ -384,7 +390,10 @@ def load_sem_model(name, device):
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(name, device=str(device))
+        # Neither code nor pickled weights from there, as for the T5 model.
+        return SentenceTransformer(
+            name, device=str(device), trust_remote_code=False, model_kwargs={"use_safetensors": True}
+        )
     except Exception as error:
         raise _cannot_load("--sem_model", name, "similarity model", error) from None
 

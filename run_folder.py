@@ -1,13 +1,14 @@
 """Everything about what a run leaves on disk: writing it safely, curves, tables, model card, and reading it back.
 
 Every file is written beside its place and renamed into it, so a run that is killed at any moment leaves either the
-older file or the newer one, never half of one.
+older file or the newer one, never half of one. The same goes for the folder last/, from which --resume goes on.
 
 helper_functions, and with it torch, is imported by the functions that need it: `compare_runs.py` reads finished runs
 with what is left, and need not wait for it.
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -15,10 +16,12 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 # The versions that run.json records: what a result can depend on.
 LIBRARIES = [
@@ -28,6 +31,25 @@ LIBRARIES = [
 TRAIN_COLOUR, VALIDATION_COLOUR = "#0072B2", "#D55E00"  # of Okabe and Ito's palette, told apart by every reader
 
 
+# All that a run writes at the root of its folder: what --overwrite removes. Weights first, so that no half of a
+# checkpoint is left behind; run.json, which says that the folder is a run's, is not removed but replaced.
+RUN_FILES = (
+    *("model.safetensors", "adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
+    *("metrics.csv", "train_loss.csv", "loss_curve.png", "val_f1_curve.png", "val_sem_sim_curve.png"),
+    *("validation_predictions.csv", "holdout_predictions.csv", "test_predictions.csv", "test_answers.json"),
+    *("breakdown.csv", "breakdown.png", "README.md"),
+)
+# What a run that was killed can leave beside its place.
+UNRENAMED = {".tmp-last", ".tmp-checkpoint", *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
+# What may differ when a run is resumed: where it writes, how it starts, and how often it saves. --model_name and
+# --dataset are compared by what they hold, see `identity`; all other arguments change the result.
+HARMLESS_ARGUMENTS = (
+    *("save_dir", "resume", "overwrite", "seeds", "eval_only", "save_every", "eval_batch_size", "auto_batch_size"),
+    *("model_name", "dataset"),
+)
+
+
 def input_error(message):
     """An InputError with this message. What is wrong is rare: only then is it worth the import of its class."""
     from helper_functions import InputError
@@ -35,17 +57,70 @@ def input_error(message):
     return InputError(message)
 
 
-def check_is_free(folder):
-    """Raise InputError unless a new run may be written to `folder`: it is missing or empty, and can be made."""
+def check_is_free(folder, overwrite=False):
+    """Raise InputError unless a new run may be written to `folder`.
+
+    It is missing or empty, and can be made; with `overwrite` it may hold a former run, but nothing else will do.
+    """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        what = "a former run" if (folder / "run.json").exists() else "other files"
-        raise input_error(f"--save_dir {folder} holds {what}: give another folder, or remove that one first")
+    holds_run = (folder / "run.json").is_file()
+    if holds_run and not overwrite:
+        raise input_error(
+            f"--save_dir {folder} holds a former run: go on with it (--resume), replace it (--overwrite), or give"
+            " another folder"
+        )
+    if not holds_run and folder.is_dir() and any(path.name not in UNRENAMED for path in folder.iterdir()):
+        raise input_error(f"--save_dir {folder} holds other files: give another folder, or remove that one first")
     nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not nearest.is_dir():
         raise input_error(f"--save_dir {folder}: {nearest} is not a folder; give another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise input_error(f"--save_dir {folder}: {nearest} cannot be written to; give another folder")
+
+
+def check_outlives_overwriting(folder, **inputs):
+    """Raise InputError if one of the inputs {flag: hub id or path} stands in `folder`, which is to be overwritten."""
+    for flag, name in inputs.items():
+        if name and os.path.exists(name) and Path(name).resolve().is_relative_to(Path(folder).resolve()):
+            raise input_error(f"--{flag} {name} stands in --save_dir {folder}, which --overwrite would remove")
+
+
+def check_can_go_on(folder, method, args):
+    """Raise InputError unless `folder` holds a run that these arguments would go on with; returns its run.json.
+
+    method: "full" or "lora". args: {name: value} of the command line.
+    """
+    run = read_run_json(folder)
+    if run is None:
+        raise input_error(f"--save_dir {folder} holds no run to resume (no run.json): start it without --resume")
+    if run["method"] != method:
+        script = {"full": "tweet_qa_main.py", "lora": "tweet_qa_main_lora.py"}.get(run["method"], "another script")
+        raise input_error(f"--save_dir {folder} holds a run of {script}: resume it with that one")
+    differing = [
+        f"--{name} {_as_typed(value)} (was {_as_typed(run['args'][name])})"
+        for name, value in args.items()
+        if name not in HARMLESS_ARGUMENTS and name in run["args"] and run["args"][name] != value
+    ]
+    if differing:
+        raise input_error(
+            f"--save_dir {folder} holds a run that would end otherwise with {', '.join(differing)}: give its own"
+            " arguments, or another folder"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise input_error(f"--save_dir {folder} cannot be written to")
+    return run
+
+
+def check_is_same(folder, former, now):
+    """Raise InputError if the two `identity`s differ, that of the run in `folder` and that of the one to go on."""
+    differing = [name for name in {**former, **now} if former.get(name) != now.get(name)]
+    if differing:
+        raise input_error(f"--save_dir {folder} holds a run that began with other {', '.join(differing)}")
+
+
+def is_finished(run):
+    """Whether the run of this run.json has come to its end, so that there is nothing to resume."""
+    return run.get("finished", True)
 
 
 def check_holds_checkpoint(folder):
@@ -61,14 +136,39 @@ def check_holds_checkpoint(folder):
 
 @contextmanager
 def writing(path):
-    """Yield a path beside `path` to write to; once that is done without an error, rename it to `path`."""
+    """Yield a path beside `path` to write to; once that is done without an error, rename it to `path`.
+
+    Raises RunError where the disk is full, the folder has gone, or the like; what stood at `path` stays as it was.
+    """
     path = Path(path)
     beside = path.with_name(f".tmp-{path.name}")
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing_folder(path):
+    """Yield a new folder to write to, and remove it if it is still there in the end. Raises RunError, see `writing`."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()  # without its parents: a run folder that was deleted meanwhile is not made again
+        yield path
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors, and RuntimeError from torch.save
+        raise _cannot_write(path, error) from None
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _cannot_write(path, error):
+    from helper_functions import RunError, one_line
+
+    return RunError(f"{path} cannot be written ({one_line(error)})")
 
 
 # --------------------------------------------------------------------------------------------------- checkpoint
@@ -80,19 +180,17 @@ def save_checkpoint(folder, model, tokenizer, run):
     Apart from the weights, the files are the same for each epoch, and the weights are one file that is renamed last:
     so the folder always holds one whole checkpoint, or on the way to the first one none that loads.
     """
-    beside = Path(folder, ".tmp-checkpoint")
-    shutil.rmtree(beside, ignore_errors=True)
-    if hasattr(model, "peft_config"):
-        # Not "auto": that asks the hub whether the vocabulary was changed, and it never is here.
-        model.save_pretrained(beside, save_embedding_layers=False)
-    else:
-        model.save_pretrained(beside, max_shard_size="1TB")
-    tokenizer.save_pretrained(beside)
-    let_transformers_4_read(beside / "tokenizer_config.json")
-    write_model_card(beside, run)
-    for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-        os.replace(path, Path(folder, path.name))
-    beside.rmdir()
+    with _writing_folder(Path(folder, ".tmp-checkpoint")) as beside:
+        if hasattr(model, "peft_config"):
+            # Not "auto": that asks the hub whether the vocabulary was changed, and it never is here.
+            model.save_pretrained(beside, save_embedding_layers=False)
+        else:
+            model.save_pretrained(beside, max_shard_size="1TB")
+        tokenizer.save_pretrained(beside)
+        let_transformers_4_read(beside / "tokenizer_config.json")
+        write_model_card(beside, run)
+        for path in sorted(beside.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, Path(folder, path.name))
 
 
 def let_transformers_4_read(tokenizer_config):
@@ -116,22 +214,183 @@ def load_checkpoint(folder, model_name=None, cached=False):
 
     if not Path(folder, "adapter_config.json").exists():
         return load_model_and_tokenizer(str(folder), flag="--save_dir")
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
+    weights = Path(folder, "adapter_model.safetensors")
+    if not weights.is_file():  # peft would look for pickled weights next
+        raise input_error(
+            f"--save_dir {folder}: the adapter in this folder cannot be loaded (it has no {weights.name})"
+        )
+    run = read_run_json(folder) or {}
+    if run and not Path(folder, "tokenizer.json").is_file():  # an adapter of someone else's may come without one
+        raise input_error(f"--save_dir {folder}: its tokenizer files are missing (tokenizer.json)")
     try:
-        base_name = model_name or PeftConfig.from_pretrained(folder).base_model_name_or_path
+        config = PeftConfig.from_pretrained(folder)
+        if config.peft_type != "LORA":
+            raise input_error(f"--save_dir {folder} holds an adapter of type {config.peft_type.value}, not LORA")
+        base_name = model_name or config.base_model_name_or_path
         base, tokenizer = load_model_and_tokenizer(base_name, cached)
-        return PeftModel.from_pretrained(base, folder), tokenizer
+        if run.get("identity", {}).get("weights (--model_name)") not in (None, weights_sha256(base)):
+            raise input_error(f"--save_dir {folder}: its adapter was trained on another base than {base_name}")
+        model = PeftModel.from_pretrained(base, folder)
+        with safe_open(weights, "pt") as file:
+            # Of a foreign adapter peft leaves out what it does not know, and keeps fresh weights for what is missing.
+            if set(file.keys()) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
+                raise input_error(
+                    f"--save_dir {folder}: the weights of its adapter do not fit --model_name {base_name}"
+                )
+        return model, tokenizer
     except InputError:
         raise
     except Exception as error:  # whatever peft says of a config or weights that are not its own
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"--save_dir {folder}: the adapter in this folder cannot be loaded ({reason})") from None
+        raise input_error(f"--save_dir {folder}: the adapter in this folder cannot be loaded ({reason})") from None
 
 
 def checkpoint_bytes(folder):
     """Bytes of the weights at the folder's root: the whole model, or the adapter alone."""
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+# --------------------------------------------------------------------------------------------- last/, for --resume
+
+
+def begin(folder, record):
+    """Make `folder` a new run's: remove what a former run of ours left there, and nothing else, and write run.json."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_last(folder)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+    write_run_json(folder, record)
+
+
+def save_last(folder, accelerator, loop):
+    """Save what --resume needs as the folder last/, all of it or nothing. To be called by every process.
+
+    loop: what JSON can hold of the loop's state. The rest goes through accelerate's save_state: the weights that are
+    trained (of a PeftModel: the adapter alone), the optimizer, the scaler of fp16 and the random generators.
+    """
+    last, beside, older = (Path(folder, name) for name in ("last", ".tmp-last", ".old-last"))
+
+    def keep_trained(models, weights, _):
+        for i, model in enumerate(models):
+            weights[i] = {name: weights[i][name] for name in _trained(model)}
+
+    hook = accelerator.register_save_state_pre_hook(keep_trained)
+    try:
+        with _writing_folder(beside) if accelerator.is_main_process else nullcontext():
+            accelerator.wait_for_everyone()
+            accelerator.save_state(beside)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (beside / "loop.json").write_text(json.dumps(loop), encoding="utf-8")
+                # A folder cannot be renamed over another. Between the two renames the older one is there to be found.
+                if last.exists():
+                    shutil.rmtree(older, ignore_errors=True)
+                    last.rename(older)
+                beside.rename(last)
+                shutil.rmtree(older, ignore_errors=True)
+    finally:
+        hook.remove()
+
+
+def find_last(folder):
+    """The folder that `save_last` saved last in a run folder, or None."""
+    return next((path for path in (Path(folder, "last"), Path(folder, ".old-last")) if path.is_dir()), None)
+
+
+def read_loop(folder, state_class):
+    """(loop state, state of the schedule) as `save_last` saved them, or None where nothing was saved yet.
+
+    state_class: the dataclass of the loop's state. Raises InputError.
+    """
+    last = find_last(folder)
+    if last is None:
+        return None
+    try:
+        loop = json.loads((last / "loop.json").read_text(encoding="utf-8"))
+        state = state_class(**loop["state"])
+        defaults = vars(state_class())
+        wrong = [name for name, value in vars(state).items() if type(value) is not type(defaults[name])]
+        if wrong:
+            raise ValueError(f"wrong type of {', '.join(wrong)}")
+        return state, loop["schedule"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _cannot_resume(last / "loop.json", error) from None
+
+
+def load_last(folder, accelerator, model):
+    """Put what `save_last` saved into the prepared model, its optimizer, the scaler and the random generators.
+
+    Nothing is unpickled but tensors and numbers. Raises InputError for what is damaged or of another model.
+    """
+    last = find_last(folder)
+    try:
+        with safe_open(last / "model.safetensors", "pt") as file:
+            saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        if saved != {name: list(weight.shape) for name, weight in _trained(model).items()}:
+            raise ValueError("its weights are not those that this model trains")
+        accelerator.step = None
+        # Not strict: what is not trained is not saved, and that nothing else is missing was checked above.
+        accelerator.load_state(last, strict=False, load_kwargs={"weights_only": True})
+        # accelerate goes on in silence where it cannot read the random states, which hold its `step` too.
+        if accelerator.step is None:
+            raise ValueError("its random states cannot be read")
+    except Exception as error:  # each library has its own for what is cut off, missing or forged
+        raise _cannot_resume(last, error) from None
+
+
+def remove_last(folder):
+    """Remove last/ and whatever a run that was killed can have left half-written."""
+    for name in ("last", ".old-last", *UNRENAMED):
+        path = Path(folder, name)
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _trained(model):
+    """{name: weight} of what is trained; weights that are shared are named once."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def _cannot_resume(path, error):
+    from helper_functions import one_line
+
+    reason = f"{type(error).__name__}: {one_line(error)}"
+    return input_error(f"{path} cannot be resumed from ({reason}); --overwrite starts the run again")
+
+
+def identity(loaders, weights, accelerator):
+    """What a run must still have in common with its beginning when it is resumed, beside its arguments.
+
+    loaders: {role: DataLoader over a TweetQADataset}. weights: the `weights_sha256` of the model it starts from.
+    Returns {name: a value for JSON}.
+    """
+    rows = {}
+    for role, loader in loaders.items():
+        data = loader.dataset
+        content = json.dumps([data.rows, data.input_ids, data.labels]).encode()
+        rows[f"{role} rows (--dataset)"] = hashlib.sha256(content).hexdigest()
+    return rows | {
+        "weights (--model_name)": weights,
+        "precision": accelerator.mixed_precision,
+        "number of processes": accelerator.num_processes,
+    }
+
+
+def weights_sha256(model):
+    """A hash of the first 1024 values of each weight: what tells one checkpoint from another within moments."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(weight.detach().flatten()[:1024].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ tables, run.json
@@ -165,7 +424,9 @@ def read_run_json(folder):
         return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return run if run["args"] and run["method"] else None
+        if not isinstance(run["args"], dict) or not isinstance(run["method"], str):
+            raise ValueError("it is no record of a run")
+        return run
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         from helper_functions import one_line
 
@@ -188,10 +449,11 @@ def new_run(method, args, device, model):
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "method": method,
-        "args": vars(args),
+        "args": dict(vars(args)),
         "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
         "git_commit": _git_commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": False,
         "device": device_name,
         "seed": args.seed,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -233,8 +495,8 @@ def peak_ram_mb():
 METRICS = ["f1", "em", "avg_sem_sim", "bleu1", "rougeL", "meteor"]
 TEXTS = ["method", "device", "args.model_name", "args.dataset", "scoring.sem_model"]
 COUNTS = ["trainable_parameters", "total_parameters", "checkpoint_bytes", "best_epoch", "scoring.final_beams"]
-COUNTS += ["scoring.max_input_len", "scoring.max_target_len"]
-NUMBERS = ["args.seed", "final.f1", "final.em"]
+COUNTS += ["scoring.max_input_len", "scoring.max_target_len", "args.epochs"]
+NUMBERS = ["args.seed", "args.patience", "final.f1", "final.em"]
 NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{name}" for name in METRICS)]
 EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
 EXAMPLE_COLUMNS = ["qid", "question", "tweet", "references", "prediction", "em", "f1", "sem_sim", "question_type"]
@@ -262,8 +524,10 @@ def read_run(folder):
     epochs = _read_table(path, EPOCH_COLUMNS)
     for name in EPOCH_COLUMNS:
         epochs[name] = _numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
-    if list(epochs["epoch"]) != list(range(1, len(epochs) + 1)) or len(epochs) < best:
-        raise input_error(f"{path} was cut off or changed: epochs 1 to {best} at least should be there, in order")
+    args = record["args"]
+    ended = min(args["epochs"], best + args["patience"]) if args["patience"] else args["epochs"]
+    if list(epochs["epoch"]) != list(range(1, ended + 1)):
+        raise input_error(f"{path} was cut off or changed: epochs 1 to {ended} should be there, in order")
 
     path, final = folder / "validation_predictions.csv", record["final"]
     examples = _read_table(path, EXAMPLE_COLUMNS)

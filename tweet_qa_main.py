@@ -8,20 +8,27 @@ how a run goes: --max_train_samples 64 --max_eval_samples 32 --epochs 2.
 
 After each epoch the validation split is scored and the best epoch by F1 is kept in --save_dir; at the end that
 checkpoint is read back and scored with --final_beams. `tweet_qa_main_lora.py` is the same run with a LoRA adapter.
+
+A run that was interrupted goes on, to the same result, with the same command and --resume. Exit codes: 0 done, 1 the
+run could not go on, 2 something given is wrong and nothing was begun, 130 and 143 interrupted by Ctrl-C and SIGTERM.
 """
 
 import argparse
+import copy
 import math
+import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
@@ -30,6 +37,7 @@ import run_folder
 from helper_functions import (
     LABEL_PAD,
     InputError,
+    RunError,
     TweetQADataset,
     build_collate_fn,
     count_repeats,
@@ -39,6 +47,7 @@ from helper_functions import (
     load_model_and_tokenizer,
     load_sem_model,
     load_tweet_qa,
+    one_line,
     predict,
     quiet_libraries,
     tweet_key,
@@ -48,6 +57,7 @@ DEFAULT_MODEL = "google/flan-t5-small"
 WEIGHT_DECAY = 0.01  # on matrices only: norms have one-dimensional weights, and pulling those to zero hurts
 WARMUP = 0.06  # share of all steps in which the learning rate rises; T5 without any is unstable in the first steps
 MAX_GRAD_NORM = 1.0
+MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
@@ -57,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, but a wrong argument gets one line, without the usage."""
 
     def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the arguments)\n")
+        self.exit(2, f"error: {' '.join(message.splitlines())} (--help lists the arguments)\n")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -68,15 +78,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def at_least(low):
-    """An argparse type: a whole number from `low` up."""
+    """An argparse type: a whole number from `low` up, as long as the libraries can count with it."""
 
     def parse(text):
         try:
-            if int(text) >= low:
-                return int(text)
+            number = int(text)
         except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+        if number >= 2**32:
+            raise argparse.ArgumentTypeError(f"must be below 2**32, not {text!r}")
+        return number
 
     return parse
 
@@ -91,34 +104,61 @@ def positive_float(text):
     raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
 
 
-def seed_number(text):
-    """An argparse type: a seed, as numpy takes it."""
-    if at_least(0)(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be below 2**32, not {text!r}")
-    return int(text)
+def path_or_id(text):
+    """An argparse type: what can be a path or a hub id. Whether it is one is seen when it is used."""
+    try:
+        text.encode("utf-8")  # it is printed, and written to run.json
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, not to be reached, a NUL byte, not UTF-8
+        raise argparse.ArgumentTypeError(f"cannot be used: {one_line(error)}") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
 
 
 def build_parser(description, lr, save_dir):
     """The arguments of both scripts, with the defaults in which they differ."""
     parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("--model_name", help=f"T5 model: hub id or folder (default: {DEFAULT_MODEL})")
-    add("--dataset", default="ucsbnlp/tweet_qa", help="hub id, or folder of train/validation/test files")
-    add("--save_dir", default=save_dir, help="run folder to write; must not hold anything yet")
+    add("--model_name", type=path_or_id, help=f"T5 model: hub id or folder (default: {DEFAULT_MODEL})")
+    add(
+        "--dataset",
+        type=path_or_id,
+        default="ucsbnlp/tweet_qa",
+        help="hub id, or folder of train/validation/test files",
+    )
+    add(
+        "--save_dir",
+        type=path_or_id,
+        default=save_dir,
+        help="run folder to write; a new run's must not hold anything yet",
+    )
+    add("--resume", action="store_true", help="go on with the interrupted run in --save_dir, to the same result")
+    add("--overwrite", action="store_true", help="replace the run in --save_dir, once the input is checked")
+    add("--save_every", type=at_least(0), default=0, help="steps between saves for --resume; 0: epochs only")
+    add("--seeds", type=at_least(0), nargs="+", help="run these in turn, in SAVE_DIR/seed_N (default: --seed alone)")
     add("--eval_only", action="store_true", help="train nothing: evaluate the checkpoint in --save_dir once more")
     add("--epochs", type=at_least(1), default=5, help="passes over the training rows")
     add("--batch_size", type=at_least(1), default=8, help="training examples per forward pass")
     add("--grad_accum_steps", type=at_least(1), default=1, help="batches per optimizer step")
+    add("--auto_batch_size", action="store_true", help="where memory runs out, halve the batch and double its number")
     add("--lr", type=positive_float, default=lr, help="peak learning rate; 6%% linear warm-up, then linearly to 0")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on GPUs made for it")
-    add("--seed", type=seed_number, default=42, help="of data order, dropout and adapter")
+    add("--seed", type=at_least(0), default=42, help="of data order, dropout and adapter")
     add("--patience", type=at_least(0), default=0, help="stop after so many epochs without a better F1; 0: never")
     add("--eval_batch_size", type=at_least(1), default=32, help="validation examples per batch")
     add("--eval_beams", type=at_least(1), default=1, help="beams after each epoch; 1 is greedy")
     add("--final_beams", type=at_least(1), default=5, help="beams of the final evaluation")
     add("--max_input_len", type=at_least(8), default=256, help="most tokens of a prompt; TweetQA's longest has 141")
     add("--max_target_len", type=at_least(2), default=32, help="most tokens of an answer, trained and generated")
-    add("--sem_model", default="sentence-transformers/all-MiniLM-L6-v2", help="hub id, folder, or none to switch off")
+    add(
+        "--sem_model",
+        type=path_or_id,
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        help="hub id, folder, or none to switch off",
+    )
     add("--max_train_samples", type=at_least(1), help="train on the first so many rows only (default: all)")
     add("--max_eval_samples", type=at_least(1), help="evaluate the first so many rows of a split (default: all)")
     add("--holdout", type=at_least(0), default=0, help="training rows to set aside, by tweet, and score at the end")
@@ -141,12 +181,75 @@ def choose_precision(precision):
 
 @dataclass
 class LoopState:
-    """Where the training loop stands."""
+    """Where the training loop stands; with weights, optimizer and random generators it is all that --resume needs."""
 
-    epoch: int = 0  # epochs finished
-    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epochs finished, their evaluation included
+    step: int = 0  # optimizer steps done, skipped ones included: the schedule goes by it
     best_f1: float = -1.0
     best_epoch: int = 0
+    batch_size: int = 0  # --batch_size, or what --auto_batch_size made of it
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    epoch_rows: list = field(default_factory=list)  # of metrics.csv
+    step_rows: list = field(default_factory=list)  # of train_loss.csv
+    epoch_tokens: list = field(default_factory=list)  # target tokens of each step of the epoch that has begun
+    epoch_seconds: float = 0.0  # that epoch has taken so far
+    wall_seconds: float = 0.0  # the run has taken so far
+
+
+@dataclass
+class StopWish:
+    """A signal that came in. There is one for the process, as there is one handler for each of its signals."""
+
+    signal: int = 0
+    hold: bool = False  # whether what runs now is to be finished first, see `unbroken`
+
+
+STOP = StopWish()
+
+
+def note_signal(number, frame):
+    """Handler of SIGINT and SIGTERM: end as soon as the work may be left, and at once when asked a second time."""
+    if STOP.signal:
+        os._exit(128 + number)
+    STOP.signal = number
+    if not STOP.hold:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_noted():
+    """Let `note_signal` handle the signals, and whatever did so before handle them again afterwards."""
+    STOP.signal, STOP.hold = 0, False
+    before = {number: signal.signal(number, note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def unbroken():
+    """Finish this block before a signal that comes in meanwhile ends the run."""
+    STOP.hold = True
+    try:
+        yield
+    finally:
+        STOP.hold = False
+    if STOP.signal:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def memory_for(flags):
+    """Raise RunError where memory runs out; `flags` says with which arguments, and which to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise RunError(f"out of memory with {flags}") from None
 
 
 def build_optimizer(model, lr, total_steps):
@@ -161,18 +264,28 @@ def build_optimizer(model, lr, total_steps):
     return optimizer, get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * total_steps), total_steps)
 
 
-def train_epoch(model, loader, optimizer, schedule, accelerator, state):
-    """Train on every example once. Returns the epoch's rows of train_loss.csv and its mean loss (nats a token).
+def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=None, save_every=0):
+    """Train on every example once, or on those that are left of an epoch that state.epoch_tokens says has begun.
+
+    Returns the epoch's rows of train_loss.csv, which stand in `state` too, and its mean loss (nats a token).
 
     --grad_accum_steps batches make one optimizer step. Its loss is the mean over all their target tokens, whatever
     batch they stand in: the same step as one large batch would make, also for a last group of fewer batches.
+
+    A step whose loss or gradient is not finite changes nothing but the learning rate, which goes on as planned.
+    Raises RunError after MAX_SKIPPED such steps in a row.
+
+    save: a function that saves the state, called every `save_every` steps (0: never). Once a signal has come in, the
+    step is finished and KeyboardInterrupt raised, with everything in `state` as a save needs it.
     """
     model.train()
-    learning_rates, measured = [], []  # of each step; `measured` stays on the device, reading it would wait for it
-    steps = math.ceil(len(loader) / accelerator.gradient_accumulation_steps)
-    groups = _groups(loader, accelerator.gradient_accumulation_steps)
-    title = f"epoch {state.epoch + 1}"
-    for group in tqdm(groups, title, steps, leave=False, delay=1, unit="step", disable=_no_bar(accelerator)):
+    measured, noted = [], time.perf_counter()  # `measured` stays on the device, for reading it would wait for it
+    size = accelerator.gradient_accumulation_steps
+    steps, done = math.ceil(len(loader) / size), len(state.epoch_tokens)
+    loader.set_epoch(state.epoch)  # the order of the examples depends on the seed and this number alone
+    groups = _groups(skip_first_batches(loader, done * size) if done else loader, size)
+    title, bar_off = f"epoch {state.epoch + 1}", _no_bar(accelerator)
+    for group in tqdm(groups, title, steps, initial=done, leave=False, delay=1, unit="step", disable=bar_off):
         tokens = [(batch["labels"] != LABEL_PAD).sum() for batch in group]
         step_tokens = accelerator.reduce(sum(tokens))  # over all processes
         step_loss = 0
@@ -186,19 +299,59 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state):
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             step_loss = step_loss + loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-        learning_rates.append(schedule.get_last_lr()[0])
+        step_loss = accelerator.reduce(step_loss)
+        if accelerator.scaler is None:
+            # The fused AdamW leaves everything as it was where this is 1. The scaler of fp16 sets it by itself. An
+            # `if` would have to wait for the device in each step.
+            optimizer.optimizer.found_inf = 1.0 - (step_loss.isfinite() & grad_norm.isfinite()).float()
+        measured.append((schedule.get_last_lr()[0], torch.stack([step_loss, grad_norm, step_tokens])))
         optimizer.step()
-        if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradients overflowed
-            schedule.step()
+        schedule.step()
         optimizer.zero_grad()
-        measured.append(torch.stack([accelerator.reduce(step_loss), grad_norm, step_tokens]))
 
-    rows = []
-    for lr, (loss, grad_norm, _) in zip(learning_rates, torch.stack(measured).tolist(), strict=True):
+        step, stop = state.step + len(measured), _all_told_to_stop(accelerator)
+        due = save_every > 0 and step % save_every == 0
+        if due or stop or step % MAX_SKIPPED == 0 or len(state.epoch_tokens) + len(measured) == steps:
+            _note_steps(state, measured, accelerator)
+            state.epoch_seconds += time.perf_counter() - noted
+            if stop:
+                raise KeyboardInterrupt
+            if due and save:
+                save()
+            noted = time.perf_counter()
+
+    rows = [row for row in state.step_rows if row["epoch"] == state.epoch + 1]
+    losses = torch.tensor([row["loss"] for row in rows], dtype=torch.double)
+    tokens = torch.tensor(state.epoch_tokens, dtype=torch.double)
+    used = losses.isfinite()
+    return rows, float((losses * tokens)[used].sum() / tokens[used].sum())
+
+
+def _note_steps(state, measured, accelerator):
+    """Move what was measured of the last steps from the device into the state. Raises RunError, see `train_epoch`."""
+    rates, values = [lr for lr, _ in measured], [values for _, values in measured]
+    measured.clear()
+    for lr, (loss, grad_norm, tokens) in zip(rates, torch.stack(values).tolist() if values else [], strict=True):
         state.step += 1
-        rows.append({"step": state.step, "epoch": state.epoch + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm})
-    losses, _, tokens = torch.stack(measured).double().unbind(1)
-    return rows, float((losses * tokens).sum() / tokens.sum())
+        row = {"step": state.step, "epoch": state.epoch + 1, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        state.step_rows.append(row)
+        state.epoch_tokens.append(tokens)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        state.skipped += not finite
+        state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        if state.skipped_in_a_row == MAX_SKIPPED:
+            precision = accelerator.mixed_precision.replace("no", "fp32")
+            raise RunError(
+                f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row, the last of them step {state.step}"
+                f" (learning rate {lr:.3g}, precision {precision}): begin again with a lower --lr or other --precision"
+            )
+
+
+def _all_told_to_stop(accelerator):
+    """Whether a signal has come in, to this process or to another: all have to leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return bool(STOP.signal)
+    return bool(accelerator.reduce(torch.tensor(float(STOP.signal), device=accelerator.device)).item())
 
 
 def _groups(loader, size):
@@ -253,16 +406,30 @@ def run(args, wrap=None):
     """The whole run: load, train, evaluate, save; README.md describes the folder that it leaves.
 
     args: the parsed command line. wrap: None to train every weight, or a function (model, args) -> PeftModel.
-    Raises InputError before anything is written for whatever in args cannot be used.
+    Raises InputError before anything is written for whatever in args cannot be used, RunError for what stops a run that
+    has begun, and KeyboardInterrupt for a signal, see `note_signal`.
     """
     started = time.perf_counter()
     quiet_libraries()
     folder = Path(args.save_dir)
+    method, former, saved = "lora" if wrap else "full", None, None
+    if [args.eval_only, args.resume, args.overwrite].count(True) > 1:
+        raise InputError("--eval_only, --resume and --overwrite exclude each other: give one of them")
     if args.eval_only:
         run_folder.check_holds_checkpoint(folder)
         record = run_folder.read_run_json(folder)
+    elif args.resume:
+        former = run_folder.check_can_go_on(folder, method, vars(args))
+        if run_folder.is_finished(former):
+            run_folder.remove_last(folder)  # where the run was killed in its very last moment
+            print(f"{folder} holds this run, finished: there is nothing to resume")
+            return
+        saved = run_folder.read_loop(folder, LoopState)
     else:
-        run_folder.check_is_free(folder)
+        run_folder.check_is_free(folder, args.overwrite)
+        if args.overwrite:
+            inputs = {name: getattr(args, name) for name in ("model_name", "dataset", "sem_model")}
+            run_folder.check_outlives_overwriting(folder, **inputs)
     accelerator = Accelerator(
         mixed_precision=choose_precision(args.precision),
         gradient_accumulation_steps=args.grad_accum_steps,
@@ -276,12 +443,15 @@ def run(args, wrap=None):
     set_seed(args.seed)
     if args.eval_only:
         model, tokenizer = run_folder.load_checkpoint(folder, args.model_name)
-        record = record or run_folder.new_run("lora" if hasattr(model, "peft_config") else "full", args, device, model)
+        if not record:  # someone else's checkpoint: there is no run to resume
+            own_method = "lora" if hasattr(model, "peft_config") else "full"
+            record = run_folder.new_run(own_method, args, device, model) | {"finished": True}
     else:
         args.model_name = args.model_name or DEFAULT_MODEL
         model, tokenizer = load_model_and_tokenizer(args.model_name)
+        weights = run_folder.weights_sha256(model)
         model = wrap(model, args) if wrap else model
-        record = run_folder.new_run("lora" if wrap else "full", args, device, model)
+        record = run_folder.new_run(method, args, device, model)
 
     collate = build_collate_fn(tokenizer, pad_to_multiple_of=8 if device.type == "cuda" else None)
     loaders = {}
@@ -289,7 +459,16 @@ def run(args, wrap=None):
         if role_rows:
             data = TweetQADataset(role_rows, tokenizer, args.max_input_len, args.max_target_len)
             batch_size = args.batch_size if role == "train" else args.eval_batch_size
-            loaders[role] = DataLoader(data, batch_size, shuffle=role == "train", collate_fn=collate)
+            loaders[role] = build_loader(data, batch_size, collate, shuffle=role == "train")
+    if not args.eval_only:
+        record["identity"] = run_folder.identity(loaders, weights, accelerator)
+    if former:
+        run_folder.check_is_same(folder, former.get("identity", {}), record["identity"])
+        record["started"] = former["started"]
+    if saved:
+        started -= saved[0].wall_seconds
+        if saved[0].best_epoch:
+            run_folder.load_checkpoint(folder, args.model_name, cached=True)  # raises InputError where it is damaged
 
     share = record["trainable_parameters"] / record["total_parameters"]
     say(f"data: {args.dataset} | " + " | ".join(f"{len(role_rows)} {role} rows" for role, role_rows in rows.items()))
@@ -307,25 +486,43 @@ def run(args, wrap=None):
             )
 
     if not args.eval_only:
-        train(args, model, tokenizer, loaders, sem_model, accelerator, record)
+        models = [model]
+        del model  # so that `models` alone holds it, and its memory can be used again
+        train_what_fits(args, wrap, models, tokenizer, loaders, sem_model, accelerator, record, started, saved)
         # The figures that count come from what stands on disk, which is what will be used.
-        del model
         accelerator.free_memory()
         accelerator.wait_for_everyone()
-        model, tokenizer = run_folder.load_checkpoint(folder, args.model_name, cached=True)
-    final_pass(args, model.to(device), tokenizer, loaders, held, sem_model, accelerator, record)
+        try:
+            model, tokenizer = run_folder.load_checkpoint(folder, args.model_name, cached=True)
+        except InputError as error:  # it was there, and has been lost since
+            raise RunError(str(error)) from None
+    with memory_for(f"--eval_batch_size {args.eval_batch_size} and {args.final_beams} beams: lower --eval_batch_size"):
+        final_pass(args, model.to(device), tokenizer, loaders, held, sem_model, accelerator, record)
     if accelerator.is_main_process:
-        if args.eval_only:
-            record["eval_only"] = vars(args)  # what the final metrics were made with; "args" is how it was trained
-        else:
-            record |= {
-                "wall_time_seconds": round(time.perf_counter() - started, 2),
-                "peak_ram_mb": run_folder.peak_ram_mb(),
-                "checkpoint_bytes": run_folder.checkpoint_bytes(folder),
-            }
-            run_folder.write_model_card(folder, record)
-        run_folder.write_run_json(folder, record)
+        with unbroken():
+            if args.eval_only:
+                record["eval_only"] = vars(args)  # what the final metrics were made with; "args" is how it was trained
+            else:
+                record |= {
+                    "finished": True,
+                    "wall_time_seconds": round(time.perf_counter() - started, 2),
+                    "peak_ram_mb": run_folder.peak_ram_mb(),
+                    "checkpoint_bytes": run_folder.checkpoint_bytes(folder),
+                }
+                run_folder.write_model_card(folder, record)
+            run_folder.write_run_json(folder, record)
+            if not args.eval_only:
+                run_folder.remove_last(folder)
     accelerator.end_training()
+
+
+def build_loader(data, batch_size, collate, shuffle=False):
+    """A DataLoader with a generator of its own.
+
+    To begin a pass it draws from that one, and not from the generator of dropout: a run that is resumed in the middle
+    of a pass begins that pass twice.
+    """
+    return DataLoader(data, batch_size, shuffle=shuffle, collate_fn=collate, generator=torch.Generator())
 
 
 def unreadable_tweets(loaders, tokenizer):
@@ -338,82 +535,148 @@ def unreadable_tweets(loaders, tokenizer):
     return len(tweets)
 
 
-def train(args, model, tokenizer, loaders, sem_model, accelerator, record):
-    """All epochs: train, score the validation split, keep the best epoch, and write down how it goes."""
+def train_what_fits(args, wrap, models, tokenizer, loaders, sem_model, accelerator, record, started, saved):
+    """`train`; with --auto_batch_size once more from the start, with a smaller batch, each time that memory runs out.
+
+    models: a list of the model alone. saved: None, or what `read_loop` gave of the run that is resumed.
+    """
+    state, schedule_state = saved or (LoopState(batch_size=args.batch_size), None)
+    effective_batch = args.batch_size * args.grad_accum_steps
+
+    def smaller():
+        if not args.auto_batch_size or state.batch_size == 1:
+            advice = "give a smaller model or --max_input_len" if state.batch_size == 1 else "add --auto_batch_size"
+            raise RunError(
+                f"out of memory with --batch_size {state.batch_size}: {advice}, or lower --batch_size and raise"
+                " --grad_accum_steps as much"
+            )
+        factor = next(n for n in range(2, state.batch_size + 1) if state.batch_size % n == 0)  # 2, if it is even
+        return state.batch_size // factor
+
+    @find_executable_batch_size(starting_batch_size=state.batch_size, reduce_batch_size_fn=smaller)
+    def attempt(batch_size):
+        nonlocal state, schedule_state
+        accelerator.gradient_accumulation_steps = effective_batch // batch_size
+        if not models:  # memory ran out before: everything starts anew, as if this had been the batch size given
+            accelerator.print(
+                f"out of memory with a batch of {state.batch_size}: starting again with batches of {batch_size},"
+                f" {effective_batch // batch_size} a step"
+            )
+            state, schedule_state = LoopState(batch_size=batch_size), None
+            accelerator.free_memory()
+            set_seed(args.seed)
+            model, _ = load_model_and_tokenizer(args.model_name, cached=True)
+            models.append(wrap(model, args) if wrap else model)
+        train(args, models.pop(), tokenizer, loaders, sem_model, accelerator, record, started, state, schedule_state)
+
+    attempt()
+
+
+def train(args, model, tokenizer, loaders, sem_model, accelerator, record, started, state, schedule_state):
+    """All epochs: train, score the validation split, keep the best epoch, and write down how it goes.
+
+    state: where to begin. schedule_state: None for a new run, or the state of the schedule in last/, from which the
+    rest is read too.
+    """
     device, say, folder = accelerator.device, accelerator.print, Path(args.save_dir)
-    batches = math.ceil(len(loaders["train"]) / accelerator.num_processes)
-    steps_per_epoch = math.ceil(batches / args.grad_accum_steps)
+    data, collate = loaders["train"].dataset, loaders["train"].collate_fn
+    batches = math.ceil(math.ceil(len(data) / state.batch_size) / accelerator.num_processes)
+    steps_per_epoch = math.ceil(batches / accelerator.gradient_accumulation_steps)
     optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
     model, optimizer, train_loader, validation_loader = accelerator.prepare(
-        model, optimizer, loaders["train"], loaders["validation"]
+        model, optimizer, build_loader(data, state.batch_size, collate, shuffle=True), loaders["validation"]
     )
-    examples = len(train_loader.dataset)
-    effective_batch = args.batch_size * args.grad_accum_steps * accelerator.num_processes
-    say(f"steps: {steps_per_epoch} an epoch | effective batch {effective_batch}")
+    if schedule_state:
+        run_folder.load_last(folder, accelerator, model)
+        schedule.load_state_dict(schedule_state)
+    effective_batch = state.batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
+    resumed = f" | resumed after step {state.step}" if args.resume else ""
+    say(f"steps: {steps_per_epoch} an epoch | effective batch {effective_batch}{resumed}")
+    if accelerator.is_main_process and not schedule_state:
+        with unbroken():
+            run_folder.begin(folder, record)
 
-    state, epoch_rows, step_rows = LoopState(), [], []
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        run_folder.write_run_json(folder, record)
+    def save():
+        state.wall_seconds = time.perf_counter() - started
+        loop = {"state": vars(state), "schedule": schedule.state_dict()}
+        run_folder.save_last(folder, accelerator, loop)
 
-    while state.epoch < args.epochs:
+    def out_of_patience():
+        return args.patience and state.epoch - state.best_epoch >= args.patience
+
+    while state.epoch < args.epochs and not out_of_patience():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        epoch_started = time.perf_counter()
-        new_rows, train_loss = train_epoch(model, train_loader, optimizer, schedule, accelerator, state)
-        seconds = time.perf_counter() - epoch_started
-        peak_vram_mb = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
-        state.epoch += 1
-        step_rows += new_rows
-        say(
-            f"[epoch {state.epoch}] time={seconds:.1f}s | steps/sec={len(new_rows) / seconds:.2f}"
-            f" | peak VRAM={peak_vram_mb:.0f} MB"
-        )
+        try:
+            with unbroken():
+                rows, train_loss = train_epoch(
+                    model, train_loader, optimizer, schedule, accelerator, state, save, args.save_every
+                )
+            seconds = state.epoch_seconds
+            peak_vram_mb = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+            say(
+                f"[epoch {state.epoch + 1}] time={seconds:.1f}s | steps/sec={len(rows) / seconds:.2f}"
+                f" | peak VRAM={peak_vram_mb:.0f} MB"
+            )
+            with memory_for(f"--eval_batch_size {args.eval_batch_size}: lower it"):
+                metrics, _ = evaluate(
+                    accelerator.unwrap_model(model),
+                    validation_loader,
+                    tokenizer,
+                    device,
+                    sem_model,
+                    beams=args.eval_beams,
+                    max_target_len=args.max_target_len,
+                    accelerator=accelerator,
+                    title=f"epoch {state.epoch + 1}, validation",
+                )
+            with unbroken():
+                say(f"[epoch {state.epoch + 1}] {metrics_line(metrics)}")
+                state.epoch, state.epoch_tokens, state.epoch_seconds = state.epoch + 1, [], 0.0
+                state.epoch_rows.append(
+                    {
+                        "epoch": state.epoch,
+                        "train_loss": train_loss,
+                        "val_loss": metrics["val_loss"],
+                        "em": metrics["em"],
+                        "f1": metrics["f1"],
+                        "avg_sem_sim": metrics["avg_sem_sim"],
+                        "epoch_seconds": round(seconds, 3),
+                        "steps_per_sec": round(len(rows) / seconds, 4),
+                        "samples_per_sec": round(len(data) / seconds, 3),
+                        "peak_vram_mb": round(peak_vram_mb, 1),
+                    }
+                )
+                improved = metrics["f1"] > state.best_f1
+                if improved:
+                    state.best_f1, state.best_epoch = metrics["f1"], state.epoch
+                note_progress(record, state)
+                if accelerator.is_main_process:
+                    if improved:
+                        run_folder.save_checkpoint(folder, accelerator.unwrap_model(model), tokenizer, record)
+                    run_folder.write_table(folder / "metrics.csv", state.epoch_rows)
+                    run_folder.write_table(folder / "train_loss.csv", state.step_rows)
+                    run_folder.draw_curves(folder, state.epoch_rows, state.step_rows)
+                    run_folder.write_run_json(folder, record)
+                # Last, so that what last/ speaks of is there. A run that is killed before makes all of it once more.
+                save()
+        except KeyboardInterrupt:  # a signal; the state is whole at each point where one is let through
+            save()
+            raise
+    if out_of_patience():
+        say(f"stopped: F1 has not been better than epoch {state.best_epoch}'s for {args.patience} epochs")
+    note_progress(record, state)
 
-        metrics, _ = evaluate(
-            accelerator.unwrap_model(model),
-            validation_loader,
-            tokenizer,
-            device,
-            sem_model,
-            beams=args.eval_beams,
-            max_target_len=args.max_target_len,
-            accelerator=accelerator,
-            title=f"epoch {state.epoch}, validation",
-        )
-        say(f"[epoch {state.epoch}] {metrics_line(metrics)}")
-        epoch_rows.append(
-            {
-                "epoch": state.epoch,
-                "train_loss": train_loss,
-                "val_loss": metrics["val_loss"],
-                "em": metrics["em"],
-                "f1": metrics["f1"],
-                "avg_sem_sim": metrics["avg_sem_sim"],
-                "epoch_seconds": round(seconds, 3),
-                "steps_per_sec": round(len(new_rows) / seconds, 4),
-                "samples_per_sec": round(examples / seconds, 3),
-                "peak_vram_mb": round(peak_vram_mb, 1),
-            }
-        )
-        improved = metrics["f1"] > state.best_f1
-        if improved:
-            state.best_f1, state.best_epoch = metrics["f1"], state.epoch
-        record |= {
-            "best_epoch": state.best_epoch,
-            "peak_vram_mb": max(row["peak_vram_mb"] for row in epoch_rows),
-        }
-        if accelerator.is_main_process:
-            if improved:
-                run_folder.save_checkpoint(folder, accelerator.unwrap_model(model), tokenizer, record)
-            run_folder.write_table(folder / "metrics.csv", epoch_rows)
-            run_folder.write_table(folder / "train_loss.csv", step_rows)
-            run_folder.draw_curves(folder, epoch_rows, step_rows)
-            run_folder.write_run_json(folder, record)
-        if args.patience and state.epoch - state.best_epoch >= args.patience:
-            say(f"stopped: F1 has not been better than epoch {state.best_epoch}'s for {args.patience} epochs")
-            break
+
+def note_progress(record, state):
+    """Put what run.json says about the training into its record."""
+    record |= {
+        "best_epoch": state.best_epoch,
+        "peak_vram_mb": max(row["peak_vram_mb"] for row in state.epoch_rows),
+        "skipped_steps": state.skipped,
+        "batch_size_used": state.batch_size,
+    }
 
 
 def final_pass(args, model, tokenizer, loaders, held, sem_model, accelerator, record):
@@ -482,14 +745,66 @@ def metrics_line(metrics):
     return " ".join(f"{label}={'n/a' if value is None else f'{value:.4f}'}" for label, value in values)
 
 
+def seed_runs(args, wrap):
+    """The arguments of each run of --seeds, in SAVE_DIR/seed_N, with --resume for those that were begun before.
+
+    Raises InputError before the first of them starts if one of them cannot be run or gone on with.
+    """
+    if args.eval_only or args.overwrite:
+        raise InputError("--seeds goes with neither --eval_only nor --overwrite: give those with one --seed")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: each seed can be run only once")
+    if Path(args.save_dir, "run.json").exists():
+        raise InputError(f"--save_dir {args.save_dir} holds a run of its own: give --seeds another folder")
+    runs = []
+    for seed in args.seeds:
+        one, folder = copy.deepcopy(args), Path(args.save_dir, f"seed_{seed}")
+        one.seed, one.seeds, one.save_dir, one.resume = seed, None, str(folder), (folder / "run.json").exists()
+        if one.resume:
+            run_folder.check_can_go_on(folder, "lora" if wrap else "full", vars(one))
+        else:
+            run_folder.check_is_free(folder)
+        runs.append(one)
+    return runs
+
+
+def way_on(args, wrap):
+    """What is to be said of a run that ended early: how to go on with it."""
+    if args.eval_only:
+        return "nothing was trained"
+    try:
+        former = run_folder.check_can_go_on(args.save_dir, "lora" if wrap else "full", vars(args))
+        saved = run_folder.read_loop(args.save_dir, LoopState)
+    except InputError:
+        return "there is nothing to resume"
+    if run_folder.is_finished(former):
+        return f"{args.save_dir} holds a finished run"
+    if saved is None:
+        return "nothing was saved yet, --resume starts from the beginning"
+    return f"--resume goes on after step {saved[0].step}"
+
+
 def run_from_command_line(parser, argv=None, wrap=None):
-    """Parse argv and run. Returns the exit code: 0, or 2 after one line on stderr about what was wrong."""
+    """Parse argv and run. Returns the exit code: 0, or another after one line on stderr about why.
+
+    1: a run that had begun could not go on. 2: something given is wrong, and nothing was begun or changed. 130, 143:
+    interrupted by Ctrl-C or SIGTERM.
+    """
     args = parser.parse_args(argv)
     try:
-        run(args, wrap)
+        with signals_noted():
+            runs = seed_runs(args, wrap) if args.seeds else [args]
+            for args in runs:  # noqa: B007 (what is said below is about the last of them)
+                run(args, wrap)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).splitlines(), file=sys.stderr)  # a name that it quotes can hold a line break
         return 2
+    except RunError as error:
+        print("error:", *f"{error} | {way_on(args, wrap)}".splitlines(), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted: {way_on(args, wrap)}", file=sys.stderr)
+        return 128 + (STOP.signal or signal.SIGINT)
     return 0
 
 

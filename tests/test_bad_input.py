@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tweet_qa_main
 import tweet_qa_main_lora
+from helper_functions import load_model_and_tokenizer
 
 MAIN = {"tweet_qa_main.py": tweet_qa_main.main, "tweet_qa_main_lora.py": tweet_qa_main_lora.main}
 ROW = {"Question": "who won?", "Tweet": "The Rockets won!", "Answer": ["the rockets"], "qid": "1"}
@@ -160,12 +161,36 @@ def test_a_wrong_similarity_model(place, capfd):
     assert_refused(place, capfd, "--sem_model broken: the similarity model in this folder", "--sem_model", "broken")
 
 
+def test_pickled_weights_of_a_similarity_model_are_not_loaded(place, capfd, minilm):
+    shutil.copytree(minilm, place / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(minilm / "model.safetensors"), place / "pickled" / "pytorch_model.bin")
+    message = "--sem_model pickled: the similarity model in this folder cannot be loaded"
+    assert_refused(place, capfd, message, "--sem_model", "pickled")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_code_in_a_model_folder_is_not_run(place, capfd, script):
+    """Not as the model, not as the tokenizer; the folder loads as the plain T5 that it is, or not at all."""
+    code = "import pathlib\npathlib.Path('ran').touch()\nclass Own:\n    pass\n"
+    auto_map = {"AutoConfig": "own.Own", "AutoModelForSeq2SeqLM": "own.Own", "AutoTokenizer": ["own.Own", None]}
+    for name, config in (("plain", {}), ("unknown", {"model_type": "own"})):
+        folder = copy_model(place, name)
+        (folder / "own.py").write_text(code)
+        for file in ("config.json", "tokenizer_config.json"):
+            held = json.loads((folder / file).read_text())
+            (folder / file).write_text(json.dumps(held | config | {"auto_map": auto_map}))
+    assert_refused(place, capfd, "cannot be loaded", "--model_name", "unknown", script=script)
+    assert_refused(place, capfd, "--save_dir unknown", "--eval_only", "--save_dir", "unknown", script=script)
+    load_model_and_tokenizer("plain")
+    assert not (place / "ran").exists()
+
+
 def test_a_save_dir_that_is_taken(place, capfd):
     (place / "old").mkdir()
     (place / "old" / "run.json").write_text("{}")
     (place / "other").mkdir()
     (place / "other" / "thesis.txt").write_text("do not lose me")
-    assert_refused(place, capfd, "--save_dir old holds a former run: give another folder", "--save_dir", "old")
+    assert_refused(place, capfd, "--save_dir old holds a former run: go on with it (--resume)", "--save_dir", "old")
     assert_refused(place, capfd, "--save_dir other holds other files: give another folder", "--save_dir", "other")
     message = "other/thesis.txt is not a folder; give another one"
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt")

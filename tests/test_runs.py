@@ -232,7 +232,7 @@ def test_the_readme_snippet_gives_the_predictions_that_the_run_wrote(runs, scrip
     space, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(snippet, space)
-    assert printed.getvalue().strip()
+    assert printed.getvalue().count("\n") == 1  # an answer, though a model that learned so little may leave it empty
     frame = pd.read_csv(folder / "validation_predictions.csv", keep_default_na=False)
     answers = space["answer"](
         space["model"], space["tokenizer"], "cpu", frame["question"].tolist(), frame["tweet"].tolist()
