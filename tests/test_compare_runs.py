@@ -50,7 +50,14 @@ def write_run(folder, method="full", seed=0, f1=None, em=None, sem_sim=None, rec
     ]
     run_folder.write_table(folder / "metrics.csv", epochs)
     defaults = {
-        **{"model_name": "google/flan-t5-small", "dataset": "ucsbnlp/tweet_qa", "epochs": 3, "lr": 1e-3, "seed": seed},
+        **{
+            "model_name": "google/flan-t5-small",
+            "dataset": "ucsbnlp/tweet_qa",
+            "epochs": 3,
+            "patience": 0,
+            "lr": 1e-3,
+            "seed": seed,
+        },
         **{"sem_model": "minilm", "final_beams": 5, "max_input_len": 256, "max_target_len": 32, "holdout": 0},
         **{"max_train_samples": None, "drop_leaked": False, "eval_only": False, "save_dir": str(folder)},
         **({"lora_r": 8, "target_modules": ["q", "v"]} if method == "lora" else {}),
@@ -501,10 +508,10 @@ MALFORMED = {
     "run.json nested": (change_table("run.json", lambda text: "[" * 100_000), "run.json cannot be read"),
     "run.json of something else": (change_table("run.json", lambda text: '{"a": 1}'), "run.json cannot be read"),
     "run.json no text": (lambda folder: (folder / "run.json").write_bytes(b"\xff\xfe{"), "run.json cannot be read"),
-    "run.json without arguments": (change_record(args={}), "it is no record of a run"),
-    "arguments of another type": (change_record(args=[1]), "args.model_name must be text, not null"),
+    "run.json without arguments": (change_record(args={}), "args.model_name must be text, not null"),
+    "arguments of another type": (change_record(args=[1]), "run.json cannot be read"),
     "another method": (change_record(method="prompt"), "method must be full or lora, not 'prompt'"),
-    "a method that is no text": (change_record(method=["full"]), 'method must be text, not ["full"]'),
+    "a method that is no text": (change_record(method=["full"]), "run.json cannot be read"),
     "no base model": (change_record(args__model_name=None), "args.model_name must be text, not null"),
     "a seed of another type": (change_record(args__seed="one"), 'args.seed must be a number, not "one"'),
     "beams of another type": (change_record(args__final_beams=True), "args.final_beams must be a number above 0"),
