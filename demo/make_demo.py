@@ -1,17 +1,19 @@
 """Make what the demo ships: sample tweets with questions, and a small T5 pretrained from scratch.
 
     python demo/make_demo.py tweets      # seconds: demo/tweets/{train,validation,test}.json
-    python demo/make_demo.py pretrain    # about an hour on one core: demo/tiny-t5/
+    python demo/make_demo.py tokenizer   # seconds: demo/tiny-t5/tokenizer.json
+    python demo/make_demo.py pretrain    # over an hour on one core: the model, in demo/tiny-t5/
 
-Both are seeded: the same command gives the same files, the weights up to the rounding of the machine.
+All are seeded. The same command gives the same tweets, and the same weights up to the rounding of the machine.
 
 The sample is drawn from templates (templates.json) filled with words.json; handwritten.json adds rows to validation
 that no template made. No name of validation or test stands in train: a model has to copy it from the tweet.
 
-The model reads text that is drawn the same way from other sentences (pretraining.json) about invented names. It learns,
-in one run: to copy a stretch of the text from a cue on, which is what a T5 of this size finds hardest and all the rest
-rests on; to fill masked spans, as every T5; to fill the gap of a statement about the text that is worded otherwise than
-the text; and to count the names of a list. It never sees a tweet, a question or the prompt of the sample.
+The model reads text drawn the same way from other sentences (pretraining.json) about invented names, never a sentence
+or a name of the sample. It learns to copy a stretch of a text, which is what a T5 of this size finds hardest and all
+the rest rests on; to fill masked spans, as every T5; to fill the gap in a statement about the text; to answer questions
+about clauses of words drawn at random; and to pick out handles, hashtags and quoted words, or count names. In a second
+stage the texts also speak of "I" and "my", and carry the hashtags, links and signatures of tweets.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from hashlib import md5
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 from transformers.optimization import Adafactor
 
 HERE = Path(__file__).resolve().parent
@@ -256,6 +259,15 @@ def sample_names():
     return set(re.findall(r"\w+", " ".join(texts).lower()))
 
 
+def with_s(verb):
+    """The third person of a verb, which may have more words behind it."""
+    first, _, more = verb.partition(" ")
+    if first.endswith("y") and first[-2] not in "aeiou":
+        first = first[:-1] + "ie"
+    ending = "es" if first.endswith(("s", "sh", "ch", "x", "o")) else "s"
+    return f"{first}{ending} {more}".strip()
+
+
 def invented(rng):
     while True:
         syllables = rng.choices([1, 2, 3], [2, 5, 3])[0]
@@ -328,7 +340,8 @@ def pretraining_makers(grammar):
 class PretrainingText:
     """Draws (source, target) pairs of text; `rng` decides everything.
 
-    stage: of STAGES, counted from 0. From the second on, passages are dressed as tweets are and speak of "I" and "my".
+    stage: of STAGES, counted from 0. From the second on, passages are dressed as tweets are and speak of "I" and "my";
+    in the third, clauses speak of what is and will be too, people have titles, and things are called something.
     """
 
     def __init__(self, rng, stage=0):
@@ -421,42 +434,69 @@ class PretrainingText:
         tail = [text for part, text in (("where", where), ("when", when)) if part in parts]
         rng.shuffle(tail)
         rest = " ".join([*tail, *([f"{rng.choice(['because', 'since', 'as'])} {why}"] if "why" in parts else [])])
-        passive = rng.random() < 0.2
+        tense = rng.choice(["past", "will", "present"]) if self.stage > 1 else "past"
+        spoken = {"past": past, "will": f"will {base}", "present": with_s(base)}[tense]  # as in "who paints ..."
+        verb = base if tense == "present" and first_person else spoken
+        doer = "the author" if first_person else subject
+        if self.stage > 1 and subject == person and rng.random() < 0.4:
+            title = rng.choice(["Dr.", "Mr", "Ms", "Aunt", "Mayor", f"our {filler.value('job')}", f"my {other}"])
+            subject = f"{title} {person}"
+            doer = subject if title[0].isupper() else person
+        passive = tense == "past" and rng.random() < 0.2
         text = (
             f"{thing} {'were' if kind == 'number' else 'was'} {past} by {subject} {rest}"
             if passive
-            else f"{subject} {past} {thing} {rest}"
+            else f"{subject} {verb} {thing} {rest}"
         )
         if "when" in parts and rng.random() < 0.2:
             text = f"{when} {text.replace(when, '', 1)}"
-        short = rng.choice([subject, subject.split()[-1] if subject == person else subject, "they"])
+        short = rng.choice([doer, doer.split()[-1] if doer.endswith(person) else doer, "they"])
         some = rng.choice([thing, thing, f"the {noun}"]) if kind != "person" else thing
         if first_person:
             short = rng.choice(["the author", "the author", "they"])
-        doer = "the author" if first_person else subject
         about = rng.choice(["", "", f" {rest}"])
-        did = f"{asked} {past}"
-        questions = [(f"{did} {some}{about}", doer), (f"{did} {some}", doer)]
-        questions += [(f"{'who' if kind == 'person' else 'what'} did {short} {base}{about}", thing)] * 2
-        questions += [(f"what did {short} do", f"{past} {thing}")] * (not passive)
+        did = {"past": "did", "will": "will", "present": "do" if short == "they" else "does"}[tense]
+        questions = [(f"{asked} {spoken} {some}{about}", doer), (f"{asked} {spoken} {some}", doer)]
+        questions += [(f"{'who' if kind == 'person' else 'what'} {did} {short} {base}{about}", thing)] * 2
+        questions += [(f"what {did} {short} do", f"{past} {thing}")] * (tense == "past" and not passive)
         if kind == "number":
-            questions += [
-                (f"how many {noun}s did {short} {base}", number),
-                (f"how many {noun}s were {past}", number),
-            ] * 2
+            counted = [(f"how many {noun}s {did} {short} {base}", number)]
+            questions += (counted + [(f"how many {noun}s were {past}", number)] * (tense == "past")) * 2
         if kind == "owner":
-            questions += [(f"whose {noun} did {short} {base}", owner)] * 2
+            questions += [(f"whose {noun} {did} {short} {base}", owner)] * 2
         if kind == "adjective":
-            questions += [(f"which {noun} did {short} {base}", thing)] * 2
+            questions += [(f"which {noun} {did} {short} {base}", thing)] * 2
         for part, answer in (("where", where), ("when", when), ("why", why)):
             if part in parts:
-                questions += [(f"{part} did {short} {base} {some}", answer), (f"{part} was {some} {past}", answer)]
+                questions += [(f"{part} {did} {short} {base} {some}", answer)]
+                questions += [(f"{part} was {some} {past}", answer)] * (tense == "past")
         return " ".join(text.split()), questions
+
+    def named(self):
+        """A clause that says what something is called, and the questions that it answers, as `clause` gives them."""
+        rng, filler = self.rng, Filler(self.rng, self.make)
+        kind = filler.value(rng.choice(["animal", "thing", "relative", "spot"]))
+        owner, answer = rng.choice([("my", "the author's"), ("our", "the author's"), ("{first}'s", "{first}'s")])
+        owner, answer, name = filler.fill(owner), filler.fill(answer), filler.value(rng.choice(["first2", "title"]))
+        text = rng.choice(
+            [
+                f"{owner} {kind} is called {name}",
+                f"{owner} {kind} {name} is here again",
+                f"the name of {owner} {kind} is {name}",
+                f"look at {name}, {owner} {kind}",
+            ]
+        )
+        asked = [f"what is the {kind} called", f"what is the name of the {kind}", f"which name has the {kind}"]
+        return text, [
+            (rng.choice(asked), name),
+            (f"whose {kind} is {name}", answer),
+            (f"what is {name}", f"{owner} {kind}"),
+        ]
 
     def asked(self):
         """Answer a question about one of some clauses, with other text around it."""
         rng = self.rng
-        text, questions = self.clause()
+        text, questions = self.named() if self.stage > 1 and rng.random() < 0.1 else self.clause()
         sentences = [text, *(self.clause()[0] for _ in range(rng.choice([0, 1, 1, 2])))]
         if rng.random() < 0.4:
             sentences.append(self.facts(1)[1])
@@ -532,7 +572,7 @@ class PretrainingText:
 # ------------------------------------------------------------------------------------------------------ pretraining
 
 # (steps, weights of the tasks asked, gap, copy, masked, picked)
-STAGES = [(5000, [8, 6, 3, 2, 1]), (7000, [10, 4, 3, 1, 1])]
+STAGES = [(5000, [8, 6, 3, 2, 1]), (7000, [10, 4, 3, 1, 1]), (3000, [12, 3, 4, 1, 1])]
 COPY_STEPS = 1200  # copying alone at first: its long targets teach it in minutes, the other tasks' take far longer
 PIECES = 2000  # of the tokenizer, with T5's 100 sentinels among them
 BATCH = 32
@@ -542,8 +582,12 @@ SHAPE = {
 }  # fmt: skip
 
 
-def train_tokenizer(lines):
-    """A lower-casing unigram tokenizer in the manner of T5's, trained on drawn text, each digit a piece of its own."""
+def make_tokenizer(out, seed):
+    """Train a lower-casing unigram tokenizer in the manner of T5's, each digit a piece of its own; write it to `out`.
+
+    The library's trainer numbers pieces of equal score in another order each time. So this is a step of its own, and
+    the model is trained with the files that it left.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -566,11 +610,11 @@ def train_tokenizer(lines):
         initial_alphabet=[*string.ascii_lowercase, *string.digits, *string.punctuation, *"▁—’“”£…€"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.train_from_iterator(tokenizer_corpus(seed), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
@@ -578,6 +622,8 @@ def train_tokenizer(lines):
         additional_special_tokens=sentinels,
         model_max_length=512,
     )
+    fast.save_pretrained(out)
+    let_transformers_4_read(out / "tokenizer_config.json")
 
 
 def write_start(folder, tokenizer):
@@ -611,7 +657,7 @@ def exact_share(model, tokenizer, pairs):
 
 
 def pretrain(out, steps, lr, seed):
-    """Train the tokenizer and the model, and write them to `out` with a log (CSV) and its curve (PNG).
+    """Train the model, with the tokenizer that is there, and write both to `out` with a log (CSV) and its curve (PNG).
 
     steps: None for those of STAGES, or how many to make of each stage. lr: the peak learning rate.
     """
@@ -620,7 +666,7 @@ def pretrain(out, steps, lr, seed):
     torch.manual_seed(seed)
     beside = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    write_start(beside, train_tokenizer(tokenizer_corpus(seed)))
+    write_start(beside, AutoTokenizer.from_pretrained(HERE / "tiny-t5"))
     model, tokenizer = load_model_and_tokenizer(str(beside))
     log = []
     for stage, (stage_steps, _) in enumerate(STAGES):
@@ -703,7 +749,7 @@ def draw_log(path, log):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, folder in (("tweets", "tweets"), ("pretrain", "tiny-t5")):
+    for name, folder in (("tweets", "tweets"), ("tokenizer", "tiny-t5"), ("pretrain", "tiny-t5")):
         command = commands.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         command.add_argument(
             "--out", type=Path, default=HERE / folder, help="folder to write, in place of what is there"
@@ -714,7 +760,7 @@ def main(argv=None):
         "--lr", type=float, default=0.015, help="peak learning rate of Adafactor, relative to the weights"
     )
     args = vars(parser.parse_args(argv))
-    {"tweets": make_tweets, "pretrain": pretrain}[args.pop("command")](**args)
+    {"tweets": make_tweets, "tokenizer": make_tokenizer, "pretrain": pretrain}[args.pop("command")](**args)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,11 @@ def test_the_sample_is_like_tweet_qa(splits):
 
 
 def test_pretraining_runs_and_learns(tmp_path):
-    """The whole command on a few steps: tokenizer, model, both stages, log and curve; and the loss falls."""
+    """Each command on a few steps: tokenizer, model, both stages, log and curve; and the loss falls."""
+    make_demo.main(["tokenizer", "--out", str(tmp_path / "tokenizer")])
+    made, shipped = (json.loads((p / "tokenizer.json").read_text()) for p in (tmp_path / "tokenizer", CHECKPOINT))
+    pieces, expected = ({piece for piece, _ in each["model"]["vocab"]} for each in (made, shipped))
+    assert len(pieces) == 2000 and len(pieces & expected) >= 1990  # ties may fall otherwise, see make_tokenizer
     make_demo.main(["pretrain", "--out", str(tmp_path / "tiny"), "--steps", "12"])
     log = pd.read_csv(tmp_path / "tiny" / "pretraining_log.csv")
     assert log["step"].tolist() == [3, 6, 9, 12, 15, 18, 21, 24] and log["stage"].tolist() == [1] * 4 + [2] * 4
