@@ -2,7 +2,7 @@
 
     python demo/make_demo.py tweets      # seconds: demo/tweets/{train,validation,test}.json
     python demo/make_demo.py tokenizer   # seconds: demo/tiny-t5/tokenizer.json
-    python demo/make_demo.py pretrain    # over an hour on one core: the model, in demo/tiny-t5/
+    python demo/make_demo.py pretrain    # an hour and a half on one core: the model, in demo/tiny-t5/
 
 All are seeded. The same command gives the same tweets, and the same weights up to the rounding of the machine.
 
@@ -13,7 +13,8 @@ The model reads text drawn the same way from other sentences (pretraining.json) 
 or a name of the sample. It learns to copy a stretch of a text, which is what a T5 of this size finds hardest and all
 the rest rests on; to fill masked spans, as every T5; to fill the gap in a statement about the text; to answer questions
 about clauses of words drawn at random; and to pick out handles, hashtags and quoted words, or count names. In a second
-stage the texts also speak of "I" and "my", and carry the hashtags, links and signatures of tweets.
+stage the texts also speak of "I" and "my", and carry the hashtags, links and signatures of tweets; in a third, clauses
+speak of now and later too, people have titles, and things are called something.
 """
 
 import argparse
@@ -576,6 +577,7 @@ STAGES = [(5000, [8, 6, 3, 2, 1]), (7000, [10, 4, 3, 1, 1]), (3000, [12, 3, 4, 1
 COPY_STEPS = 1200  # copying alone at first: its long targets teach it in minutes, the other tasks' take far longer
 PIECES = 2000  # of the tokenizer, with T5's 100 sentinels among them
 BATCH = 32
+FINE_TUNING_DROPOUT = 0.05  # written to the config in the end: like T5 1.1, the model is pretrained without dropout
 SHAPE = {
     "d_model": 128, "d_kv": 32, "d_ff": 256, "num_heads": 4, "num_layers": 3, "num_decoder_layers": 2,
     "feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "tie_word_embeddings": False,
@@ -673,7 +675,8 @@ def pretrain(out, steps, lr, seed):
         rows = train_stage(model, tokenizer, stage, steps or stage_steps, lr, seed)
         done = log[-1] if log else {"step": 0, "seconds": 0}
         log += [row | {name: row[name] + done[name] for name in done if name in ("step", "seconds")} for row in rows]
-        model.save_pretrained(beside)
+    model.config.dropout_rate = FINE_TUNING_DROPOUT
+    model.save_pretrained(beside)
     write_table(beside / "pretraining_log.csv", log)
     draw_log(beside / "pretraining_loss.png", log)
     shutil.rmtree(out, ignore_errors=True)
