@@ -37,7 +37,7 @@ SCORING = ["sem_model", "final_beams", "max_input_len", "max_target_len"]
 # The figures of the table: title and format.
 FIGURES = {
     "trainable_parameters": ("trained parameters", "{:,.0f}"),
-    "trainable_percent": ("trained parameters (%)", "{:.3g}"),
+    "trainable_percent": ("trained of all parameters (%)", "{:.3g}"),
     "checkpoint_mb": ("checkpoint (MB)", "{:,.2f}"),
     "f1": ("F1", "{:.1f}"),
     "em": ("EM", "{:.1f}"),

@@ -684,15 +684,15 @@ def pretrain(out, steps, lr, seed):
 
 
 def train_stage(model, tokenizer, stage, steps, lr, seed):
-    """Train on a stage's text; returns the rows of its log. The last stage lets the learning rate fall in its second
-    half."""
+    """Train on a stage's text; returns the rows of its log. From the second stage on the learning rate falls in its
+    second half."""
     text = PretrainingText(random.Random(f"{seed} text" + stage * " 2"), stage)
     probe = PretrainingText(random.Random(f"{seed} probe"), stage)
     pairs = [task() for task in (probe.asked, probe.gap) for _ in range(100)]
     # scale_parameter makes each step relative to the size of the weights that it changes. From T5's random start AdamW
     # needs several times as many steps.
     optimizer = Adafactor(model.parameters(), lr=lr, scale_parameter=True, relative_step=False, warmup_init=False)
-    rise, fall = max(1, min(200, steps // 4)), steps // 2 if stage == len(STAGES) - 1 else steps
+    rise, fall = max(1, min(200, steps // 4)), steps // 2 if stage > 0 else steps
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, 1, (steps + 1 - step) / (steps + 1 - fall))
     )

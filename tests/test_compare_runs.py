@@ -221,7 +221,7 @@ def test_screen_markdown_and_csv_give_the_same_figures(two, tmp_path, capsys):
     for title, (full, lora) in {
         "base model": ("google/flan-t5-small",) * 2,
         "trained parameters": ("100,000", "400"),
-        "trained parameters (%)": ("100", "0.4"),
+        "trained of all parameters (%)": ("100", "0.4"),
         "checkpoint (MB)": ("4.00", "0.50"),
         "F1": ("62.5", "46.9"),
         "EM": ("50.0", "25.0"),
