@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -441,6 +442,59 @@ def _tokenize(tokenizer, max_length, **texts):
     return tokenizer(**texts, truncation=True, max_length=max_length).input_ids if cut else whole, cut
 
 
+class LengthGroupedSampler(torch.utils.data.Sampler):
+    """A random order of a `TweetQADataset` in which the examples of a batch have like lengths and need little padding.
+
+    The examples are shuffled, then cut into windows of `WINDOW` batches, or a quarter of them all where those are few.
+    A window is sorted by the length of the prompt, each `STRIP` batches of it then by the length of the target, and the
+    window's batches are shuffled.
+
+    data: a TweetQADataset with labels. batch_size: of the loader. seed: with the epoch that `set_epoch` sets, it alone
+    decides the order. Every example comes exactly once; a last batch of fewer comes last.
+    """
+
+    # On TweetQA with batches of 8: 2 % of the prompts' tokens and 11 % of the targets' are padding, of 21 % and 45 %
+    # in a random order. A window holds 1,600 examples then, so a batch still is a random draw among like lengths.
+    WINDOW, STRIP = 200, 12
+
+    def __init__(self, data, batch_size, seed=0):
+        self.data, self.batch_size, self.seed, self.epoch = data, batch_size, seed, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.data)
+
+    def __iter__(self):
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = rng.sample(range(len(self.data)), len(self.data))
+        rest = order[len(order) - len(order) % self.batch_size :]
+        order = order[: len(order) - len(rest)]
+        # A window of all the examples would make the same batches in every epoch.
+        batches_a_window = max(1, min(self.WINDOW, len(order) // (4 * self.batch_size)))
+        for window in _chunks(order, batches_a_window * self.batch_size):
+            window.sort(key=lambda index: len(self.data.input_ids[index]))
+            batches = []
+            for strip in _chunks(window, self.STRIP * self.batch_size):
+                strip.sort(key=lambda index: len(self.data.labels[index]))
+                batches += _chunks(strip, self.batch_size)
+            rng.shuffle(batches)
+            for batch in batches:
+                yield from batch
+        yield from rest
+
+
+def _chunks(items, size):
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def by_length(data):
+    """The positions of a TweetQADataset's examples, longest prompt first: the order in which a pass for evaluation pads
+    least, and in which memory runs out in the first batch if it does at all."""
+    return sorted(range(len(data)), key=lambda index: -len(data.input_ids[index]))
+
+
 def build_collate_fn(tokenizer, pad_to_multiple_of=None):
     """A collate function for items of `TweetQADataset`.
 
@@ -691,13 +745,23 @@ def token_log_probs(model, encoded, mask, labels):
     return -F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=LABEL_PAD, reduction="none")
 
 
-def predict(model, loader, tokenizer, device, beams=1, max_target_len=32, accelerator=None, title="predict"):
+def predict(
+    model,
+    loader,
+    tokenizer,
+    device,
+    beams=1,
+    max_target_len=32,
+    accelerator=None,
+    title="predict",
+    with_scores=True,
+):
     """Answers of a model to a split, labeled or not; the arguments are those of `evaluate`.
 
     Returns a DataFrame with a row an example, in the data set's order: `prediction`; `token_logprob`, the mean
     log-probability (nats) of the prediction's tokens, end token included, which is the beam search's own score at its
-    default length penalty of 1; `loss`, the summed cross entropy of the target's `target_tokens` tokens, both 0 where
-    there is no target.
+    default length penalty of 1, or NaN without `with_scores`, which saves a pass of the decoder; `loss`, the summed
+    cross entropy of the target's `target_tokens` tokens, both 0 where there is no target.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -719,7 +783,9 @@ def predict(model, loader, tokenizer, device, beams=1, max_target_len=32, accele
             labels = batch.get("labels")  # none for an unlabeled split
             labels = torch.full_like(token_ids, LABEL_PAD) if labels is None else labels.to(device)
             losses = -token_log_probs(model, encoded, mask, labels).sum(1)
-            scores = _mean_log_probs(model, encoded, mask, token_ids)
+            scores = losses.new_full(losses.shape, math.nan)
+            if with_scores:
+                scores = _mean_log_probs(model, encoded, mask, token_ids)
             columns = (batch["index"], scores, losses, (labels != LABEL_PAD).sum(1))
             batch_records = list(zip(*(column.tolist() for column in columns), answers, strict=True))
             # Processes repeat examples to fill their last batch; gather_for_metrics drops the repeats.
@@ -745,6 +811,7 @@ def evaluate(
     max_target_len=32,
     accelerator=None,
     title="evaluate",
+    with_scores=True,
 ):
     """Loss, answers and scores of a model on a labeled split.
 
@@ -754,6 +821,7 @@ def evaluate(
     beams: beams of the search, 1 is greedy. max_target_len: the most tokens of an answer.
     accelerator: the run's Accelerator, if there is one: its precision is used, and the examples of all its processes
         are gathered, so that each of them gets the whole result.
+    title: of the progress bar. with_scores: whether to compute token_logprob, which takes a tenth of the time.
 
     Returns (metrics, frame). metrics: `val_loss` (mean cross entropy of a target token, in nats), `f1`, `em` and
     `avg_sem_sim` (means over the examples, in [0, 1]; avg_sem_sim is None without a sem_model). frame: a DataFrame with
@@ -763,7 +831,7 @@ def evaluate(
     import pandas as pd
 
     rows = loader.dataset.rows
-    predicted = predict(model, loader, tokenizer, device, beams, max_target_len, accelerator, title)
+    predicted = predict(model, loader, tokenizer, device, beams, max_target_len, accelerator, title, with_scores)
     predictions, references = predicted["prediction"].tolist(), [row["Answer"] for row in rows]
     pairs = list(zip(predictions, references, strict=True))
     scores = {

@@ -37,9 +37,11 @@ import run_folder
 from helper_functions import (
     LABEL_PAD,
     InputError,
+    LengthGroupedSampler,
     RunError,
     TweetQADataset,
     build_collate_fn,
+    by_length,
     count_repeats,
     evaluate,
     hold_out,
@@ -433,8 +435,7 @@ def run(args, wrap=None):
     accelerator = Accelerator(
         mixed_precision=choose_precision(args.precision),
         gradient_accumulation_steps=args.grad_accum_steps,
-        # The order of epoch e depends on the seed and e alone, not on what else draws random numbers.
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
     device, say = accelerator.device, accelerator.print
 
@@ -458,8 +459,10 @@ def run(args, wrap=None):
     for role, role_rows in rows.items():
         if role_rows:
             data = TweetQADataset(role_rows, tokenizer, args.max_input_len, args.max_target_len)
-            batch_size = args.batch_size if role == "train" else args.eval_batch_size
-            loaders[role] = build_loader(data, batch_size, collate, shuffle=role == "train")
+            if role == "train":
+                loaders[role] = train_loader(data, args.batch_size, collate, args.seed)
+            else:
+                loaders[role] = build_loader(data, args.eval_batch_size, collate, by_length(data))
     if not args.eval_only:
         record["identity"] = run_folder.identity(loaders, weights, accelerator)
     if former:
@@ -516,13 +519,21 @@ def run(args, wrap=None):
     accelerator.end_training()
 
 
-def build_loader(data, batch_size, collate, shuffle=False):
+def build_loader(data, batch_size, collate, sampler):
     """A DataLoader with a generator of its own.
 
     To begin a pass it draws from that one, and not from the generator of dropout: a run that is resumed in the middle
     of a pass begins that pass twice.
     """
-    return DataLoader(data, batch_size, shuffle=shuffle, collate_fn=collate, generator=torch.Generator())
+    pin = torch.cuda.is_available()  # so that a batch is copied while the GPU works on the one before
+    return DataLoader(
+        data, batch_size, sampler=sampler, collate_fn=collate, generator=torch.Generator(), pin_memory=pin
+    )
+
+
+def train_loader(data, batch_size, collate, seed):
+    """A DataLoader of the training rows, whose order depends on the seed and the epoch alone."""
+    return build_loader(data, batch_size, collate, LengthGroupedSampler(data, batch_size, seed))
 
 
 def unreadable_tweets(loaders, tokenizer):
@@ -584,8 +595,8 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     steps_per_epoch = math.ceil(batches / accelerator.gradient_accumulation_steps)
     optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
-    model, optimizer, train_loader, validation_loader = accelerator.prepare(
-        model, optimizer, build_loader(data, state.batch_size, collate, shuffle=True), loaders["validation"]
+    model, optimizer, loader, validation_loader = accelerator.prepare(
+        model, optimizer, train_loader(data, state.batch_size, collate, args.seed), loaders["validation"]
     )
     if schedule_state:
         run_folder.load_last(folder, accelerator, model)
@@ -611,7 +622,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
         try:
             with unbroken():
                 rows, train_loss = train_epoch(
-                    model, train_loader, optimizer, schedule, accelerator, state, save, args.save_every
+                    model, loader, optimizer, schedule, accelerator, state, save, args.save_every
                 )
             seconds = state.epoch_seconds
             peak_vram_mb = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
@@ -630,6 +641,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
                     max_target_len=args.max_target_len,
                     accelerator=accelerator,
                     title=f"epoch {state.epoch + 1}, validation",
+                    with_scores=False,
                 )
             with unbroken():
                 say(f"[epoch {state.epoch + 1}] {metrics_line(metrics)}")
