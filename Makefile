@@ -14,7 +14,7 @@ DEMO = --model_name demo/tiny-t5 --dataset demo/tweets \
 demo: .venv/demo
 	rm -rf demo/runs
 	.venv/bin/python tweet_qa_main.py $(DEMO) --epochs 10 --lr 1e-3 --save_dir demo/runs/full
-	.venv/bin/python tweet_qa_main_lora.py $(DEMO) --epochs 8 --lr 3e-3 \
+	.venv/bin/python tweet_qa_main_lora.py $(DEMO) --epochs 10 --lr 3e-3 \
 		--target_modules q k v o wi_0 wi_1 wo --save_dir demo/runs/lora
 	.venv/bin/python demo/ask.py
 	.venv/bin/python compare_runs.py demo/runs/full demo/runs/lora --out demo/runs/comparison
