@@ -25,6 +25,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+# torch reads it with its first large tensor: in huge pages, the memory that each step takes anew is there at once.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
@@ -53,6 +56,7 @@ from helper_functions import (
     predict,
     quiet_libraries,
     tweet_key,
+    use_fast_dropout,
 )
 
 DEFAULT_MODEL = "google/flan-t5-small"
@@ -593,6 +597,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     data, collate = loaders["train"].dataset, loaders["train"].collate_fn
     batches = math.ceil(math.ceil(len(data) / state.batch_size) / accelerator.num_processes)
     steps_per_epoch = math.ceil(batches / accelerator.gradient_accumulation_steps)
+    use_fast_dropout(model)
     optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
     model, optimizer, loader, validation_loader = accelerator.prepare(

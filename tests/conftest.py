@@ -12,13 +12,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+from benchmarks.standin import write_standin
 
 PROJECT = Path(__file__).resolve().parent.parent
 SHARED = PROJECT.parent / "shared"
@@ -57,29 +57,6 @@ def tokenizer(flan_t5_files):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(flan_t5_files)
-
-
-def write_standin(folder, files, seed=0, **shape):
-    """Write a T5 with random weights that is built like flan-t5-small's real checkpoint.
-
-    The real one keeps a separate lm_head.weight beside shared.weight. T5ForConditionalGeneration(config) cannot make
-    that in transformers 5, it ties the two, so the file is written tensor by tensor. files: the folder with
-    flan-t5-small's config and tokenizer; shape: what to change in that config.
-    """
-    from safetensors.torch import save_file
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    folder.mkdir(parents=True)
-    for path in files.iterdir():
-        shutil.copyfile(path, folder / path.name)
-    config = json.loads((files / "config.json").read_text()) | shape
-    (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(seed)
-    weights = T5ForConditionalGeneration(T5Config(**config)).state_dict()
-    weights = {name: tensor.clone() for name, tensor in weights.items() if not name.endswith("embed_tokens.weight")}
-    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"]) * config["d_model"] ** -0.5
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,93 @@
+"""Table and plot of what `benchmarks.run` measured."""
+
+import json
+import re
+import statistics
+
+CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_trainer": "HF trainer"}
+
+
+def write(found, folder):
+    """Write the figures, the table and the plot, named after the device. Returns the three paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-") + ("-quick" if found["quick"] else "")
+    paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(found, indent=2) + "\n")
+    paths[1].write_text(table(found))
+    draw(found, paths[2])
+    return paths
+
+
+def table(found):
+    """The Markdown table: a row a figure, a column a contender, and the two ratios."""
+    lines = [
+        f"| {found['device']}, {found['date']} | {' | '.join(CONTENDERS.values())} | over plain | over HF |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def row(title, values, digits, ratio=None):
+        """ratio: 1 where more is better, -1 where less is."""
+        ours, *others = (values[name] for name in CONTENDERS)
+        ratios = [f"{(ours / other) ** ratio:.2f}" if ratio else "" for other in others]
+        lines.append(f"| {title} | " + " | ".join([f"{values[n]:,.{digits}f}" for n in CONTENDERS] + ratios) + " |")
+
+    def pick(figures, key):
+        return {name: figures[name][key] for name in CONTENDERS}
+
+    for case, figures in found["cases"].items():
+        lines.append(f"| **{case}** | | | | | |")
+        for method in ("full", "LoRA"):
+            row(f"{method}: training, examples/s", pick(figures[method], "examples_a_second"), 1, 1)
+            row(f"{method}: training, tokens/s without padding", pick(figures[method], "tokens_a_second"), 0, 1)
+            row(f"{method}: peak memory (MB)", pick(figures[method], "peak_memory_mb"), 0, -1)
+        for side in ("source", "target"):
+            values = {name: 100 * figures["padding"][name][side] for name in CONTENDERS}
+            row(f"padding of the {side} (%)", values, 1)
+        passes = figures["validation"]
+        for beams in (1, 5):
+            seconds = pick(passes[f"{beams}_beams"], "seconds")
+            title = f"validation, {figures['rows']['validation']} rows, {beams} beam{'s' * (beams > 1)} (s)"
+            row(title, seconds, 1, -1)
+    if "start_up_seconds" in found:
+        row("start to the end of the first step (s)", found["start_up_seconds"], 1, -1)
+    for method in ("full", "LoRA"):
+        cells = []
+        for name in CONTENDERS:
+            values = [100 * value for value in found["f1"][method][name]]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(f"| demo model, {method}: F1 after {found['f1']['epochs']} epochs | {' | '.join(cells)} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(found, path):
+    """Bars of the speed of each contender, the plain loop's being 1."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = found["cases"]
+    figure, axes = plt.subplots(1, len(cases), figsize=(5.5 * len(cases), 3.6), squeeze=False, layout="constrained")
+    for axis, (case, figures) in zip(axes[0], cases.items(), strict=True):
+        speeds = {
+            "training\nfull": {name: figures["full"][name]["examples_a_second"] for name in CONTENDERS},
+            "training\nLoRA": {name: figures["LoRA"][name]["examples_a_second"] for name in CONTENDERS},
+        }
+        for beams in (1, 5):
+            seconds = figures["validation"][f"{beams}_beams"]
+            speeds[f"validation\n{beams} beam{'s' * (beams > 1)}"] = {
+                name: 1 / seconds[name]["seconds"] for name in CONTENDERS
+            }
+        for place, (name, label) in enumerate(CONTENDERS.items()):
+            heights = [values[name] / values["plain_loop"] for values in speeds.values()]
+            positions = [x + (place - 1) * 0.27 for x in range(len(heights))]
+            axis.bar_label(axis.bar(positions, heights, 0.25, label=label), fmt="%.2f", fontsize=8)
+        axis.set_xticks(range(len(speeds)), speeds)
+        axis.set_title(case, fontsize=10)
+        axis.set_ylabel("speed (plain loop = 1)")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"{found['device']}, {found['date']}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

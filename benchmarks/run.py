@@ -1,0 +1,405 @@
+"""Hold this project against the loops people use today, side by side in one run.
+
+    python -m benchmarks.run                  # on the CPU: about half an hour on two cores
+    python -m benchmarks.run --device cuda
+    python -m benchmarks.run --quick          # does everything work and agree? No time in it means anything
+
+The contenders are `this_project.py`, `plain_loop.py` and `hf_trainer.py`. Each has a process of its own, in which it
+trains the same number of batches and answers the same rows with the same checkpoint; they take turns, in an order that
+changes with each round, and the figures are medians over the rounds. Data are TweetQA's files in ../shared/tweet_qa,
+or the demo's where those are missing; models are a stand-in with flan-t5-small's shape and the demo's own T5.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import date
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+
+# No contender's module and no `tweet_qa_main` here: the processes started from this one would inherit what they set.
+from helper_functions import load_tweet_qa
+
+HERE = Path(__file__).resolve().parent
+WORK, RESULTS = HERE / "work", HERE / "results"
+DEMO, SHARED = HERE.parent / "demo", HERE.parent.parent / "shared"
+CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_trainer": "HF trainer"}
+BATCH_SIZE = 8
+SKIPPED = 2  # first steps of a round, in which memory is taken and kernels are chosen
+# The adapters: the LoRA script's defaults, and what `make demo` gives it.
+LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q", "v"]}
+DEMO_LORA = LORA | {"target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}
+DEMO_LR = {"full": 1e-3, "LoRA": 3e-3}
+
+
+# ------------------------------------------------------------------------- what a contender's process is asked to do
+
+
+def in_contender(name, job, *args):
+    """Call `job` with the contender's module: what a process of the pool runs."""
+    return job(importlib.import_module(f"benchmarks.{name}"), *args)
+
+
+def epoch(contender, case, seed=0):
+    """The batches of an epoch, as lists of row positions, without a last one of fewer rows."""
+    _, tokenizer = contender.load(case["model"], None)
+    order = contender.epoch_order(case["train"], tokenizer, BATCH_SIZE, seed)
+    return [order[start : start + BATCH_SIZE] for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE)]
+
+
+def token_counts(case, batches):
+    """{"source", "target": (tokens, tokens with their padding)} of batches of training rows."""
+    from helper_functions import TweetQADataset
+
+    counts = {"source": [0, 0], "target": [0, 0]}
+    data = TweetQADataset(case["train"], load_tokenizer(case["model"]))
+    for batch in batches:
+        for side, ids in (("source", data.input_ids), ("target", data.labels)):
+            lengths = [len(ids[position]) for position in batch]
+            counts[side][0] += sum(lengths)
+            counts[side][1] += len(lengths) * max(lengths)
+    return counts
+
+
+def load_tokenizer(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def padding(contender, case):
+    """The share of padding in an epoch's source and target tokens."""
+    counts = token_counts(case, epoch(contender, case))
+    return {side: 1 - tokens / padded for side, (tokens, padded) in counts.items()}
+
+
+def typical_batches(contender, case, count):
+    """So many batches of an epoch, spread evenly over its batches in order of size: a round takes little time, and
+    what it takes speaks for the epoch."""
+    batches = epoch(contender, case)
+    lengths = [len(row["Question"]) + len(row["Tweet"]) for row in case["train"]]
+    batches.sort(key=lambda batch: max(lengths[position] for position in batch))
+    return [batches[int((n + 0.5) * len(batches) / count)] for n in range(count)]
+
+
+def train(contender, case, batches, lora, device):
+    """Train on the batches. Returns seconds and examples a second of the steps after the first, and the peak memory."""
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    model, tokenizer = contender.load(case["model"], lora)
+    ends = []
+
+    def note(*_):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    reset_peak_memory(device)
+    hook = register_optimizer_step_post_hook(note)
+    order = [position for batch in batches for position in batch]
+    contender.train(model, tokenizer, case["train"], order, BATCH_SIZE, 1e-4, 0, device)
+    hook.remove()
+    steps = [end - start for start, end in pairwise(ends)][SKIPPED - 1 :]
+    return {"seconds": sum(steps), "steps": len(steps), "peak_memory_mb": peak_memory_mb(device)}
+
+
+def validate(contender, case, beams, device):
+    """Seconds, metrics and predictions of a pass over the validation rows."""
+    model, tokenizer = contender.load(case["model"], None)
+    model.to(device)
+    started = time.perf_counter()
+    metrics, predictions = contender.validate(model, tokenizer, case["validation"], beams, device)
+    return {"seconds": time.perf_counter() - started, "metrics": metrics, "predictions": predictions}
+
+
+def quality(contender, case, lora, lr, seed, epochs, device):
+    """F1 on the validation rows after training on all the rows `epochs` times."""
+    model, tokenizer = contender.load(case["model"], lora)
+    orders = [[p for batch in epoch(contender, case, 100 * seed + n) for p in batch] for n in range(epochs)]
+    contender.train(model, tokenizer, case["train"], sum(orders, []), BATCH_SIZE, lr, seed, device)
+    return contender.validate(model, tokenizer, case["validation"], 1, device)[0]["f1"]
+
+
+def where_time_goes(contender, case, batches, lora, device):
+    """Floating point operations of a training step, and the operations that take most of its time (shares)."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    order = [position for batch in batches for position in batch]
+    given = (case["train"], order, BATCH_SIZE, 1e-4, 0, device)
+    with FlopCounterMode(display=False) as counter:
+        contender.train(*contender.load(case["model"], lora), *given)
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    loaded = contender.load(case["model"], lora)
+    with profile(activities=[activity]) as profiled:
+        contender.train(*loaded, *given)
+    kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    spent = {event.key: getattr(event, kind) for event in profiled.key_averages()}
+    total = sum(spent.values())
+    most = sorted(spent, key=spent.get, reverse=True)[:10]
+    return {
+        "flops_a_step": counter.get_total_flops() / len(batches),
+        "shares": {name: round(spent[name] / total, 4) for name in most},
+        "matmul_flops_a_second": matmul_peak(torch, device),
+    }
+
+
+def matmul_peak(torch, device):
+    """Floating point operations a second of the fastest of some large matrix multiplications, in training's type."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def reset_peak_memory(device):
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM back to what is held now
+
+
+def peak_memory_mb(device):
+    """Peak memory since it was reset: of the GPU, or of this process."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def learn_to_answer(contender, model_folder, rows, repeats, folder, device):
+    """Train the stand-in until its answers are as long as real ones, which decides what validation takes.
+
+    Random weights learn that from few rows seen often; from as many different ones they learn to say the same to all.
+    """
+    model, tokenizer = contender.load(model_folder, None)
+    order = list(range(len(rows))) * repeats
+    contender.train(model, tokenizer, rows, order, BATCH_SIZE, 1e-3, 0, device)
+    model.cpu().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def until_first_step(name, case):
+    """Seconds that a new Python process of a contender takes until its first step is done."""
+    code = (
+        f"import os; from benchmarks.{name} import start\n"
+        "from torch.optim.optimizer import register_optimizer_step_post_hook as at_step\n"
+        f"at_step(lambda *_: os._exit(0)); start({case['model']!r}, {case['data']!r}); os._exit(1)"
+    )
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - started
+    shutil.rmtree(Path(case["model"]).parent / "started", ignore_errors=True)
+    return seconds
+
+
+# ----------------------------------------------------------------------------------------------- the run as a whole
+
+
+def in_turns(rounds, call):
+    """{contender: [what `call(contender)` returned in each round]}, in another order each round."""
+    results = {name: [] for name in CONTENDERS}
+    names = list(CONTENDERS)
+    for number in range(rounds):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            results[name].append(call(name))
+    return results
+
+
+def median_of(results, key):
+    return statistics.median(result[key] for result in results)
+
+
+class Pools:
+    """A process for each contender, started anew for each thing that is measured."""
+
+    def __enter__(self):
+        context = get_context("spawn")
+        self.pools = {name: ProcessPoolExecutor(1, mp_context=context) for name in CONTENDERS}
+        return self
+
+    def __exit__(self, *_):
+        for pool in self.pools.values():
+            pool.shutdown()
+
+    def ask(self, name, job, *args):
+        return self.pools[name].submit(in_contender, name, job, *args).result()
+
+
+def measure(case, methods, options):
+    """All figures of a case: {"padding": ..., method: ..., "validation": ...}, each by contender."""
+    device, rounds = options.device, options.rounds
+    found = {}
+    with Pools() as pools:
+        found["padding"] = {name: pools.ask(name, padding, case) for name in CONTENDERS}
+        chosen = {name: pools.ask(name, typical_batches, case, case["batches"] + SKIPPED) for name in CONTENDERS}
+    for batches in chosen.values():  # the largest first, so that memory grows in a step that is not timed
+        batches.reverse()
+    for method, lora in methods.items():
+        say(f"{case['name']}, {method}: training")
+        with Pools() as pools:
+            results = in_turns(rounds, lambda name: pools.ask(name, train, case, chosen[name], lora, device))  # noqa: B023
+        found[method] = {}
+        for name, runs in results.items():
+            timed = chosen[name][SKIPPED:]
+            tokens = sum(count for count, _ in token_counts(case, timed).values())
+            seconds = median_of(runs, "seconds")
+            assert {run["steps"] for run in runs} == {len(timed)}
+            found[method][name] = {
+                "examples_a_second": len(timed) * BATCH_SIZE / seconds,
+                "tokens_a_second": tokens / seconds,
+                "peak_memory_mb": median_of(runs, "peak_memory_mb"),
+                "seconds_of_each_round": [run["seconds"] for run in runs],
+            }
+        with Pools() as pools:
+            batches = chosen["this_project"][SKIPPED:][:6]
+            profile = pools.ask("this_project", where_time_goes, case, batches, lora, device)
+            again = pools.ask("this_project", train, case, batches[:SKIPPED] + batches, lora, device)
+            step_seconds = again["seconds"] / again["steps"]
+            profile["share_of_matmul_peak"] = profile["flops_a_step"] / step_seconds / profile["matmul_flops_a_second"]
+            found[method]["profile"] = profile
+    found["validation"] = {}
+    for beams in (1, 5):
+        say(f"{case['name']}: validation with {beams} beam{'s' * (beams > 1)}")
+        with Pools() as pools:
+            results = in_turns(rounds, lambda name: pools.ask(name, validate, case, beams, device))  # noqa: B023
+        answers = {name: runs[0]["predictions"] for name, runs in results.items()}
+        if device == "cpu" and len({tuple(texts) for texts in answers.values()}) > 1:
+            raise SystemExit(f"the contenders' answers differ with {beams} beams: {answers}")
+        found["validation"][f"{beams}_beams"] = {
+            name: {"seconds": median_of(runs, "seconds"), "seconds_of_each_round": [run["seconds"] for run in runs]}
+            for name, runs in results.items()
+        }
+        found["words_an_answer"] = statistics.mean(len(text.split()) for text in answers["this_project"])
+    return found
+
+
+def say(text):
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def device_name(device):
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", described)
+    return f"{model[1].strip() if model else platform.processor()}, {os.cpu_count()} cores"
+
+
+def make_cases(options):
+    """The two cases: folders, rows and sizes."""
+    demo_data = load_tweet_qa(str(DEMO / "tweets"))
+    few = slice(48 if options.quick else None)
+    demo = {
+        "name": "demo model",
+        "model": str(DEMO / "tiny-t5"),
+        "train": demo_data["train"][few],
+        "validation": demo_data["validation"][few],
+        "batches": 3 if options.quick else 60,
+    }
+    if options.quick:
+        return [demo]
+    real = (SHARED / "tweet_qa").is_dir() and (SHARED / "flan_t5_small").is_dir()
+    data = SHARED / "tweet_qa" if real else DEMO / "tweets"
+    rows = load_tweet_qa(str(data))
+    folder = WORK / ("flan_t5_small_shape" if real else "flan_t5_small_shape_demo")
+    if not folder.exists():
+        from benchmarks.standin import FLAN_T5_SMALL, write_standin
+
+        say("the flan-t5-small stand-in learns to answer")
+        shutil.rmtree(WORK / "untrained", ignore_errors=True)
+        files = SHARED / "flan_t5_small" if real else DEMO / "tiny-t5"
+        untrained = write_standin(WORK / "untrained", files, **FLAN_T5_SMALL)
+        with Pools() as pools:
+            given = (str(untrained), rows["train"][:64], 38, str(WORK / "learned"), options.device)
+            pools.ask("this_project", learn_to_answer, *given)
+        (WORK / "learned").rename(folder)
+        shutil.rmtree(untrained)
+    flan = {
+        "name": "flan-t5-small's shape",
+        "model": str(folder),
+        "data": str(data),
+        "train": rows["train"],
+        "validation": rows["validation"][:96],
+        "batches": 16,
+    }
+    return [flan, demo]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="the demo's model on a few rows, one round")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written (default: %(default)s)")
+    options = parser.parse_args(argv)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if options.quick:
+        options.rounds = 1
+    import accelerate
+    import peft
+    import torch
+    import transformers
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    cases = make_cases(options)
+    found = {
+        "device": device_name(options.device),
+        "date": date.today().isoformat(),
+        "quick": options.quick,
+        "rounds": options.rounds,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)},
+        "threads": torch.get_num_threads(),
+        "cases": {},
+    }
+    for case in cases:
+        demo = case["name"] == "demo model"
+        found["cases"][case["name"]] = measure(case, {"full": None, "LoRA": DEMO_LORA if demo else LORA}, options)
+        found["cases"][case["name"]]["rows"] = {role: len(case[role]) for role in ("train", "validation")}
+        if "data" in case:
+            say(f"{case['name']}: start-up")
+            seconds = in_turns(3, lambda name: until_first_step(name, case))  # noqa: B023
+            found["start_up_seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
+    seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2], 4)
+    found["f1"] = {"epochs": epochs, "seeds": seeds}
+    for method, lora in {"full": None, "LoRA": DEMO_LORA}.items():
+        say(f"demo model, {method}: F1")
+        given = (lora, DEMO_LR[method])
+        with Pools() as pools:
+            found["f1"][method] = {
+                name: [pools.ask(name, quality, cases[-1], *given, seed, epochs, options.device) for seed in seeds]
+                for name in CONTENDERS
+            }
+    from benchmarks.report import write
+
+    for path in write(found, options.out):
+        say(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

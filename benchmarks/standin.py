@@ -1,0 +1,43 @@
+"""A T5 with random weights in the shape of a real checkpoint, for where the real weights cannot be had."""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
+# google/flan-t5-small's, as its config.json has it. 77.0 M parameters.
+FLAN_T5_SMALL = {
+    "vocab_size": 32128,
+    "d_model": 512,
+    "d_ff": 1024,
+    "d_kv": 64,
+    "num_heads": 6,
+    "num_layers": 8,
+    "num_decoder_layers": 8,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.1,
+    "tie_word_embeddings": False,
+}
+
+
+def write_standin(folder, files, seed=0, **shape):
+    """Write a T5 with random weights that is built like flan-t5-small's real checkpoint. Returns the folder.
+
+    The real one keeps a separate lm_head.weight beside shared.weight. T5ForConditionalGeneration(config) cannot make
+    that in transformers 5, it ties the two, so the file is written tensor by tensor.
+
+    files: a folder with the config.json and the tokenizer to take; shape: what to change in that config.
+    """
+    folder.mkdir(parents=True)
+    for path in files.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    config = json.loads((files / "config.json").read_text()) | shape
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(seed)
+    weights = T5ForConditionalGeneration(T5Config(**config)).state_dict()
+    weights = {name: tensor.clone() for name, tensor in weights.items() if not name.endswith("embed_tokens.weight")}
+    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"]) * config["d_model"] ** -0.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

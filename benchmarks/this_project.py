@@ -1,0 +1,92 @@
+"""This project, as its scripts train and validate."""
+
+import argparse
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+
+from helper_functions import (
+    TweetQADataset,
+    build_collate_fn,
+    by_length,
+    evaluate,
+    load_model_and_tokenizer,
+    quiet_libraries,
+    use_fast_dropout,
+)
+from tweet_qa_main import (
+    LoopState,
+    build_loader,
+    build_optimizer,
+    build_parser,
+    choose_precision,
+    main,
+    train_epoch,
+    train_loader,
+)
+from tweet_qa_main_lora import add_lora
+
+NAME = "this project"
+DEFAULTS = build_parser("", lr=1e-4, save_dir="run").parse_args([])
+
+
+def load(model_folder, lora):
+    """(model on the CPU, tokenizer). lora: None, or peft's arguments of the adapter that is put on the model."""
+    quiet_libraries()
+    model, tokenizer = load_model_and_tokenizer(model_folder)
+    if lora:
+        names = {"r": "lora_r"}
+        model = add_lora(model, argparse.Namespace(**{names.get(name, name): value for name, value in lora.items()}))
+    return model, tokenizer
+
+
+def epoch_order(rows, tokenizer, batch_size, seed):
+    """The positions of the rows in the order of an epoch."""
+    return list(train_loader(TweetQADataset(rows, tokenizer), batch_size, None, seed).sampler)
+
+
+def _accelerator():
+    return Accelerator(
+        mixed_precision=choose_precision("auto"), dataloader_config=DataLoaderConfiguration(non_blocking=True)
+    )
+
+
+def _collate(tokenizer, device):
+    return build_collate_fn(tokenizer, pad_to_multiple_of=8 if device == "cuda" else None)
+
+
+def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
+    """Train on the rows in the given order, as `tweet_qa_main.train` does."""
+    set_seed(seed)
+    accelerator = _accelerator()
+    loader = build_loader(TweetQADataset(rows, tokenizer), batch_size, _collate(tokenizer, device), order)
+    use_fast_dropout(model)
+    optimizer, schedule = build_optimizer(model, lr, -(-len(order) // batch_size))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    train_epoch(model, loader, optimizer, schedule, accelerator, LoopState(batch_size=batch_size))
+
+
+def validate(model, tokenizer, rows, beams, device, sem_model=None):
+    """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
+    accelerator = _accelerator()
+    data = TweetQADataset(rows, tokenizer)
+    loader = build_loader(data, DEFAULTS.eval_batch_size, _collate(tokenizer, device), by_length(data))
+    metrics, frame = evaluate(
+        model.to(device),
+        accelerator.prepare(loader),
+        tokenizer,
+        accelerator.device,
+        sem_model,
+        beams=beams,
+        accelerator=accelerator,
+        with_scores=beams > 1,
+    )
+    return metrics, frame["prediction"].tolist()
+
+
+def start(model_folder, data_folder):
+    """A run until its first step, at which the caller ends it."""
+    arguments = {"model_name": model_folder, "dataset": data_folder, "sem_model": "none"}
+    arguments["save_dir"] = Path(model_folder).parent / "started"
+    main([part for name, value in arguments.items() for part in (f"--{name}", str(value))] + ["--overwrite"])
