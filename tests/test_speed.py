@@ -1,0 +1,141 @@
+"""What makes a run fast changes none of its numbers, and nothing is computed that need not be."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROJECT
+from transformers import AutoModelForSeq2SeqLM
+
+from helper_functions import (
+    FastDropout,
+    TweetQADataset,
+    build_collate_fn,
+    evaluate,
+    load_model_and_tokenizer,
+    use_fast_dropout,
+)
+from tweet_qa_main import build_loader
+
+
+def first_batch(rows, tokenizer):
+    return next(iter(build_loader(TweetQADataset(rows, tokenizer), 8, build_collate_fn(tokenizer), range(8))))
+
+
+@pytest.fixture
+def model(standin):
+    return load_model_and_tokenizer(str(standin))[0]
+
+
+@pytest.fixture
+def transformers_own(standin):
+    """The same model as transformers loads it."""
+    return AutoModelForSeq2SeqLM.from_pretrained(standin)
+
+
+def test_torch_kernels_compute_what_transformers_does(model, transformers_own, tokenizer, rows):
+    batch = first_batch(rows, tokenizer)
+    del batch["index"]
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert {"RMSNorm", "GELU"} <= kinds and not {"T5LayerNorm", "NewGELUActivation"} & kinds
+    assert list(model.state_dict()) == list(transformers_own.state_dict())
+    losses = [each(**batch).loss for each in (model, transformers_own)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), transformers_own.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("beams", [1, 5])
+def test_answers_are_those_of_generate(model, transformers_own, tokenizer, rows, beams):
+    data = TweetQADataset(rows, tokenizer)
+    loader = build_loader(data, 16, build_collate_fn(tokenizer), range(len(rows)))
+    _, frame = evaluate(model, loader, tokenizer, "cpu", beams=beams, max_target_len=12)
+    expected = []
+    for batch in loader:
+        ids = transformers_own.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=beams, max_new_tokens=12
+        )
+        expected += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert frame["prediction"].tolist() == expected
+    assert len(set(expected)) > 10
+
+
+def test_the_encoder_is_read_once_for_loss_search_and_score(model, tokenizer, rows):
+    """The cross-attention projects the encoder's output to keys and values once a batch, not once a beam and pass."""
+    seen = []
+    for block in model.decoder.block:
+        block.layer[1].EncDecAttention.k.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    loader = build_loader(TweetQADataset(rows, tokenizer), 20, build_collate_fn(tokenizer), range(len(rows)))
+    evaluate(model, loader, tokenizer, "cpu", beams=5, max_target_len=8)
+    assert len(rows) == 40 and seen == [20] * 2 * len(model.decoder.block)
+
+
+def test_dropout_zeroes_its_share_scales_the_rest_and_repeats_by_seed():
+    dropout, x = FastDropout(0.1), torch.ones(1001, 999, requires_grad=True)
+    torch.manual_seed(3)
+    y = dropout(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and set(y.unique().tolist()) == {0.0, y.max().item()}
+    assert y.max().item() == pytest.approx(1 / 0.9, rel=1e-4)
+    zeroed = (y == 0).float()
+    assert zeroed.mean().item() == pytest.approx(0.1, abs=0.002)
+    assert all(zeroed.mean(side).std().item() < 0.012 for side in (0, 1))  # 0.0095 if they are independent
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(FastDropout(0.0)(x), x) and not FastDropout(1.0)(x).any()
+
+
+@pytest.fixture
+def lora_model(model):
+    from argparse import Namespace
+
+    from tweet_qa_main_lora import add_lora
+
+    return add_lora(model, Namespace(lora_r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q", "v"]))
+
+
+def test_lora_computes_no_gradient_that_no_weight_needs(lora_model, tokenizer, rows):
+    """None of a frozen weight, and none of an activation before the first adapter."""
+    use_fast_dropout(lora_model)
+    assert sum(type(module) is FastDropout for module in lora_model.modules()) > 20
+    needs_gradient = {}
+    lora_model.train()
+    for name in ("shared", "encoder.block.0.layer.0.layer_norm", "encoder.block.0.layer.0.SelfAttention.q"):
+        lora_model.get_base_model().get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: needs_gradient.setdefault(name, output.requires_grad)
+        )
+    batch = first_batch(rows, tokenizer)
+    del batch["index"]
+    lora_model(**batch).loss.backward()
+    assert list(needs_gradient.values()) == [False, False, True]
+    with_gradient = {name for name, weight in lora_model.named_parameters() if weight.grad is not None}
+    assert with_gradient == {name for name, _ in lora_model.named_parameters() if "lora_" in name}
+
+
+def test_the_benchmark_runs_and_its_contenders_agree(tmp_path):
+    """--quick: each contender trains, answers and is scored; their answers must be the same, or it ends with an error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", "--quick", "--out", tmp_path],
+        cwd=PROJECT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (figures,) = tmp_path.glob("*.json")
+    found = json.loads(figures.read_text())
+    assert found["quick"] and list(found["cases"]) == ["demo model"]
+    for method in ("full", "LoRA"):
+        for name in ("this_project", "plain_loop", "hf_trainer"):
+            measured = found["cases"]["demo model"][method][name]
+            assert measured["examples_a_second"] > 0 and 100 < measured["peak_memory_mb"] < 10_000
+            assert 0 < found["f1"][method][name][0] < 1
+        assert 0 < found["cases"]["demo model"][method]["profile"]["share_of_matmul_peak"] < 1
+    assert figures.with_suffix(".png").stat().st_size > 10_000
+    assert "| this project | plain loop | HF trainer |" in figures.with_suffix(".md").read_text()
