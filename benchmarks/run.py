@@ -249,16 +249,29 @@ class Pools:
 def measure(case, methods, options):
     """All figures of a case: {"padding": ..., method: ..., "validation": ...}, each by contender."""
     device, rounds = options.device, options.rounds
-    found = {}
+    found = {"rows": {role: len(case[role]) for role in ("train", "validation")}, "validation": {}}
     with Pools() as pools:
         found["padding"] = {name: pools.ask(name, padding, case) for name in CONTENDERS}
         chosen = {name: pools.ask(name, typical_batches, case, case["batches"] + SKIPPED) for name in CONTENDERS}
+        for beams in (1, 5):
+            say(f"{case['name']}: validation with {beams} beam{'s' * (beams > 1)}")
+            results = in_turns(rounds, lambda name: pools.ask(name, validate, case, beams, device))  # noqa: B023
+            answers = {name: runs[0]["predictions"] for name, runs in results.items()}
+            if device == "cpu" and len({tuple(texts) for texts in answers.values()}) > 1:
+                raise SystemExit(f"the contenders' answers differ with {beams} beams: {answers}")
+            found["validation"][f"{beams}_beams"] = {
+                name: {"seconds": median_of(runs, "seconds"), "seconds_of_each_round": [run["seconds"] for run in runs]}
+                for name, runs in results.items()
+            }
+            found["words_an_answer"] = statistics.mean(len(text.split()) for text in answers["this_project"])
     for batches in chosen.values():  # the largest first, so that memory grows in a step that is not timed
         batches.reverse()
     for method, lora in methods.items():
         say(f"{case['name']}, {method}: training")
         with Pools() as pools:
             results = in_turns(rounds, lambda name: pools.ask(name, train, case, chosen[name], lora, device))  # noqa: B023
+            given = (case, chosen["this_project"][SKIPPED:], lora, device)
+            profile = pools.ask("this_project", where_time_goes, *given)
         found[method] = {}
         for name, runs in results.items():
             timed = chosen[name][SKIPPED:]
@@ -271,26 +284,9 @@ def measure(case, methods, options):
                 "peak_memory_mb": median_of(runs, "peak_memory_mb"),
                 "seconds_of_each_round": [run["seconds"] for run in runs],
             }
-        with Pools() as pools:
-            batches = chosen["this_project"][SKIPPED:][:6]
-            profile = pools.ask("this_project", where_time_goes, case, batches, lora, device)
-            again = pools.ask("this_project", train, case, batches[:SKIPPED] + batches, lora, device)
-            step_seconds = again["seconds"] / again["steps"]
-            profile["share_of_matmul_peak"] = profile["flops_a_step"] / step_seconds / profile["matmul_flops_a_second"]
-            found[method]["profile"] = profile
-    found["validation"] = {}
-    for beams in (1, 5):
-        say(f"{case['name']}: validation with {beams} beam{'s' * (beams > 1)}")
-        with Pools() as pools:
-            results = in_turns(rounds, lambda name: pools.ask(name, validate, case, beams, device))  # noqa: B023
-        answers = {name: runs[0]["predictions"] for name, runs in results.items()}
-        if device == "cpu" and len({tuple(texts) for texts in answers.values()}) > 1:
-            raise SystemExit(f"the contenders' answers differ with {beams} beams: {answers}")
-        found["validation"][f"{beams}_beams"] = {
-            name: {"seconds": median_of(runs, "seconds"), "seconds_of_each_round": [run["seconds"] for run in runs]}
-            for name, runs in results.items()
-        }
-        found["words_an_answer"] = statistics.mean(len(text.split()) for text in answers["this_project"])
+        steps_a_second = found[method]["this_project"]["examples_a_second"] / BATCH_SIZE
+        reached = profile["flops_a_step"] * steps_a_second / profile["matmul_flops_a_second"]
+        found[method]["profile"] = profile | {"share_of_matmul_peak": reached}
     return found
 
 
@@ -380,19 +376,18 @@ def main(argv=None):
     for case in cases:
         demo = case["name"] == "demo model"
         found["cases"][case["name"]] = measure(case, {"full": None, "LoRA": DEMO_LORA if demo else LORA}, options)
-        found["cases"][case["name"]]["rows"] = {role: len(case[role]) for role in ("train", "validation")}
         if "data" in case:
             say(f"{case['name']}: start-up")
             seconds = in_turns(3, lambda name: until_first_step(name, case))  # noqa: B023
             found["start_up_seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
-    seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2], 4)
+    seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2], 3)
     found["f1"] = {"epochs": epochs, "seeds": seeds}
-    for method, lora in {"full": None, "LoRA": DEMO_LORA}.items():
-        say(f"demo model, {method}: F1")
-        given = (lora, DEMO_LR[method])
-        with Pools() as pools:
+    with Pools() as pools:
+        for method, lora in {"full": None, "LoRA": DEMO_LORA}.items():
+            say(f"demo model, {method}: F1")
+            given = (cases[-1], lora, DEMO_LR[method])
             found["f1"][method] = {
-                name: [pools.ask(name, quality, cases[-1], *given, seed, epochs, options.device) for seed in seeds]
+                name: [pools.ask(name, quality, *given, seed, epochs, options.device) for seed in seeds]
                 for name in CONTENDERS
             }
     from benchmarks.report import write
