@@ -139,3 +139,11 @@ def test_the_benchmark_runs_and_its_contenders_agree(tmp_path):
         assert 0 < found["cases"]["demo model"][method]["profile"]["share_of_matmul_peak"] < 1
     assert figures.with_suffix(".png").stat().st_size > 10_000
     assert "| this project | plain loop | HF trainer |" in figures.with_suffix(".md").read_text()
+
+
+def test_the_readme_shows_the_recorded_results():
+    tables = list((PROJECT / "benchmarks" / "results").glob("*.md"))
+    readme = (PROJECT / "README.md").read_text()
+    assert tables
+    for table in tables:
+        assert table.read_text() in readme and str(table.with_suffix(".png").relative_to(PROJECT)) in readme
