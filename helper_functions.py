@@ -821,7 +821,10 @@ def token_log_probs(model, encoded, mask, labels, cross):
         labels=labels,
         past_key_values=EncoderDecoderCache(DynamicCache(), cross),
     ).logits
-    return -F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=LABEL_PAD, reduction="none")
+    tokens = labels != LABEL_PAD  # most of a batch's targets are padding: their softmax over the vocabulary is spared
+    scores = torch.zeros(labels.shape, device=labels.device)
+    scores[tokens] = -F.cross_entropy(logits[tokens].float(), labels[tokens], reduction="none")
+    return scores
 
 
 def predict(

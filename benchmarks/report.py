@@ -48,6 +48,8 @@ def table(found):
             seconds = pick(passes[f"{beams}_beams"], "seconds")
             title = f"validation, {figures['rows']['validation']} rows, {beams} beam{'s' * (beams > 1)} (s)"
             row(title, seconds, 1, -1)
+        own = pick(passes["5_beams"], "seconds") | {"this_project": passes["1_beams"]["this_project"]["seconds"]}
+        row("validation after an epoch: 1 beam in this project, 5 beams in the others (s)", own, 1, -1)
     if "start_up_seconds" in found:
         row("start to the end of the first step (s)", found["start_up_seconds"], 1, -1)
     for method in ("full", "LoRA"):
@@ -56,7 +58,8 @@ def table(found):
             values = [100 * value for value in found["f1"][method][name]]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(f"| demo model, {method}: F1 after {found['f1']['epochs']} epochs | {' | '.join(cells)} | | |")
+        title = f"demo model, {method}: F1 after {found['f1']['epochs']} epochs, {len(found['f1']['seeds'])} seeds"
+        lines.append(f"| {title} | {' | '.join(cells)} | | |")
     return "\n".join(lines) + "\n"
 
 

@@ -130,26 +130,57 @@ def quality(contender, case, lora, lr, seed, epochs, device):
     return contender.validate(model, tokenizer, case["validation"], 1, device)[0]["f1"]
 
 
-def where_time_goes(contender, case, batches, lora, device):
+def where_training_time_goes(contender, case, batches, lora, device):
     """Floating point operations of a training step, and the operations that take most of its time (shares)."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.optim.optimizer import register_optimizer_step_post_hook
     from torch.utils.flop_counter import FlopCounterMode
 
     order = [position for batch in batches for position in batch]
     given = (case["train"], order, BATCH_SIZE, 1e-4, 0, device)
     with FlopCounterMode(display=False) as counter:
         contender.train(*contender.load(case["model"], lora), *given)
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    loaded = contender.load(case["model"], lora)
-    with profile(activities=[activity]) as profiled:
-        contender.train(*loaded, *given)
+    loaded, steps, profiler = contender.load(case["model"], lora), [], new_profiler(device)
+
+    def note(*_):
+        steps.append(True)
+        if len(steps) == SKIPPED:
+            profiler.start()
+
+    hook = register_optimizer_step_post_hook(note)
+    contender.train(*loaded, *given)
+    profiler.stop()
+    hook.remove()
+    return {"flops_a_step": counter.get_total_flops() / len(batches)} | shares_of(profiler, device)
+
+
+def where_validation_time_goes(contender, case, beams, device):
+    """Floating point operations of a pass over the validation rows, and what takes most of its time (shares)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, tokenizer = contender.load(case["model"], None)
+    given = (model.to(device), tokenizer, case["validation"], beams, device)
+    with FlopCounterMode(display=False) as counter:
+        contender.validate(*given)
+    with new_profiler(device) as profiler:
+        contender.validate(*given)
+    return {"flops": counter.get_total_flops()} | shares_of(profiler, device)
+
+
+def new_profiler(device):
+    from torch.profiler import ProfilerActivity, profile
+
+    return profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU])
+
+
+def shares_of(profiler, device):
+    """The ten operations that took most time, and what the device can do at best."""
+    import torch
+
     kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
-    spent = {event.key: getattr(event, kind) for event in profiled.key_averages()}
+    spent = {event.key: getattr(event, kind) for event in profiler.key_averages()}
     total = sum(spent.values())
     most = sorted(spent, key=spent.get, reverse=True)[:10]
     return {
-        "flops_a_step": counter.get_total_flops() / len(batches),
         "shares": {name: round(spent[name] / total, 4) for name in most},
         "matmul_flops_a_second": matmul_peak(torch, device),
     }
@@ -263,6 +294,10 @@ def measure(case, methods, options):
                 name: {"seconds": median_of(runs, "seconds"), "seconds_of_each_round": [run["seconds"] for run in runs]}
                 for name, runs in results.items()
             }
+            profile = pools.ask("this_project", where_validation_time_goes, case, beams, device)
+            seconds = found["validation"][f"{beams}_beams"]["this_project"]["seconds"]
+            reached = profile["flops"] / seconds / profile["matmul_flops_a_second"]
+            found["validation"][f"{beams}_beams"]["profile"] = profile | {"share_of_matmul_peak": reached}
             found["words_an_answer"] = statistics.mean(len(text.split()) for text in answers["this_project"])
     for batches in chosen.values():  # the largest first, so that memory grows in a step that is not timed
         batches.reverse()
@@ -270,8 +305,8 @@ def measure(case, methods, options):
         say(f"{case['name']}, {method}: training")
         with Pools() as pools:
             results = in_turns(rounds, lambda name: pools.ask(name, train, case, chosen[name], lora, device))  # noqa: B023
-            given = (case, chosen["this_project"][SKIPPED:], lora, device)
-            profile = pools.ask("this_project", where_time_goes, *given)
+            given = (case, chosen["this_project"], lora, device)
+            profile = pools.ask("this_project", where_training_time_goes, *given)
         found[method] = {}
         for name, runs in results.items():
             timed = chosen[name][SKIPPED:]

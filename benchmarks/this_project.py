@@ -21,6 +21,7 @@ from tweet_qa_main import (
     build_optimizer,
     build_parser,
     choose_precision,
+    keep_memory,
     main,
     train_epoch,
     train_loader,
@@ -62,6 +63,8 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     accelerator = _accelerator()
     loader = build_loader(TweetQADataset(rows, tokenizer), batch_size, _collate(tokenizer, device), order)
     use_fast_dropout(model)
+    if device == "cpu":
+        keep_memory()
     optimizer, schedule = build_optimizer(model, lr, -(-len(order) // batch_size))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     train_epoch(model, loader, optimizer, schedule, accelerator, LoopState(batch_size=batch_size))
