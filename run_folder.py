@@ -113,7 +113,12 @@ def check_can_go_on(folder, method, args):
 
 def check_is_same(folder, former, now):
     """Raise InputError if the two `identity`s differ, that of the run in `folder` and that of the one to go on."""
-    differing = [name for name in {**former, **now} if former.get(name) != now.get(name)]
+    differing = []
+    for name in {**former, **now}:
+        then, new = former.get(name), now.get(name)
+        if then != new:
+            is_hash = len(str(then)) == len(hashlib.sha256().hexdigest())
+            differing.append(name if is_hash or then is None else f"{name} (was {then}, is {new})")
     if differing:
         raise input_error(f"--save_dir {folder} holds a run that began with other {', '.join(differing)}")
 

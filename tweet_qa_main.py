@@ -46,6 +46,7 @@ from helper_functions import (
     TweetQADataset,
     build_collate_fn,
     by_length,
+    chunks,
     count_repeats,
     evaluate,
     hold_out,
@@ -74,7 +75,8 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser, but a wrong argument gets one line, without the usage."""
 
     def error(self, message):
-        self.exit(2, f"error: {' '.join(message.splitlines())} (--help lists the arguments)\n")
+        said = f"error: {' '.join(message.splitlines())} (--help lists the arguments)\n"
+        self.exit(2, said if is_first_process() else None)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -300,18 +302,17 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=Non
     size = accelerator.gradient_accumulation_steps
     steps, done = math.ceil(len(loader) / size), len(state.epoch_tokens)
     loader.set_epoch(state.epoch)  # the order of the examples depends on the seed and this number alone
-    groups = _groups(skip_first_batches(loader, done * size) if done else loader, size)
+    groups = _groups(_counted_batches(loader, done * size, accelerator), size)
     title, bar_off = f"epoch {state.epoch + 1}", _no_bar(accelerator)
     for group in tqdm(groups, title, steps, initial=done, leave=False, delay=1, unit="step", disable=bar_off):
-        tokens = [(batch["labels"] != LABEL_PAD).sum() for batch in group]
-        step_tokens = accelerator.reduce(sum(tokens))  # over all processes
+        step_tokens = accelerator.reduce(sum(tokens for _, tokens in group))  # over all processes
         step_loss = 0
-        for position, batch in enumerate(group, start=1):
+        for position, (batch, tokens) in enumerate(group, start=1):
             with accelerator.no_sync(model) if position < len(group) else nullcontext():
                 mean_loss = model(
                     input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
                 ).loss
-                loss = mean_loss * tokens[position - 1] / step_tokens
+                loss = mean_loss * tokens / step_tokens
                 # backward() divides by the accumulation steps and averages over processes; this loss needs neither.
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             step_loss = step_loss + loss.detach()
@@ -326,9 +327,12 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=Non
         schedule.step()
         optimizer.zero_grad()
 
-        step, stop = state.step + len(measured), _all_told_to_stop(accelerator)
+        step = state.step + len(measured)
         due = save_every > 0 and step % save_every == 0
-        if due or stop or step % MAX_SKIPPED == 0 or len(state.epoch_tokens) + len(measured) == steps:
+        note = due or step % MAX_SKIPPED == 0 or len(state.epoch_tokens) + len(measured) == steps
+        # Of several processes all have to leave at the same step, and to ask the others is to wait for them.
+        stop = _told_to_stop(accelerator) if note or accelerator.num_processes == 1 else False
+        if note or stop:
             _note_steps(state, measured, accelerator)
             state.epoch_seconds += time.perf_counter() - noted
             if stop:
@@ -364,16 +368,30 @@ def _note_steps(state, measured, accelerator):
             )
 
 
-def _all_told_to_stop(accelerator):
-    """Whether a signal has come in, to this process or to another: all have to leave the loop at the same step."""
+def _told_to_stop(accelerator):
+    """Whether a signal has come in, to this process or to another."""
     if accelerator.num_processes == 1:
         return bool(STOP.signal)
     return bool(accelerator.reduce(torch.tensor(float(STOP.signal), device=accelerator.device)).item())
 
 
-def _groups(loader, size):
-    """The loader's batches in lists of `size`, the last one shorter if need be."""
-    batches = iter(loader)
+def _counted_batches(loader, done, accelerator):
+    """(batch, target tokens that count in it) of the batches of an epoch after the first `done`.
+
+    So that every process has as many whole batches as the others, accelerate fills the last of them up with examples
+    of the first ones. Those are not trained on again: their targets do not count.
+    """
+    per_batch = loader.total_batch_size // accelerator.num_processes
+    for number, batch in enumerate(skip_first_batches(loader, done) if done else loader, start=done):
+        before = (number * accelerator.num_processes + accelerator.process_index) * per_batch
+        new = max(0, len(loader.dataset) - before)
+        batch["labels"][max(new, 1) :] = LABEL_PAD  # one has to stay: a mean over no token is not a number
+        yield batch, (batch["labels"] != LABEL_PAD).sum() * (new > 0)
+
+
+def _groups(batches, size):
+    """Batches in lists of `size`, the last one shorter if need be."""
+    batches = iter(batches)
     while group := list(islice(batches, size)):
         yield group
 
@@ -439,7 +457,8 @@ def run(args, wrap=None):
         former = run_folder.check_can_go_on(folder, method, vars(args))
         if run_folder.is_finished(former):
             run_folder.remove_last(folder)  # where the run was killed in its very last moment
-            print(f"{folder} holds this run, finished: there is nothing to resume")
+            if is_first_process():
+                print(f"{folder} holds this run, finished: there is nothing to resume")
             return
         saved = run_folder.read_loop(folder, LoopState)
     else:
@@ -447,7 +466,11 @@ def run(args, wrap=None):
         if args.overwrite:
             inputs = {name: getattr(args, name) for name in ("model_name", "dataset", "sem_model")}
             run_folder.check_outlives_overwriting(folder, **inputs)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.auto_batch_size and processes > 1:
+        raise InputError("--auto_batch_size is for one process: where one of several runs out of memory, all end")
     accelerator = Accelerator(
+        cpu=processes > 1 and not torch.cuda.is_available(),  # unless told so, accelerate would not connect them
         mixed_precision=choose_precision(args.precision),
         gradient_accumulation_steps=args.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
@@ -477,7 +500,8 @@ def run(args, wrap=None):
             if role == "train":
                 loaders[role] = train_loader(data, args.batch_size, collate, args.seed)
             else:
-                loaders[role] = build_loader(data, args.eval_batch_size, collate, by_length(data))
+                process = (accelerator.process_index, accelerator.num_processes)
+                loaders[role] = eval_loader(data, args.eval_batch_size, collate, *process)
     if not args.eval_only:
         record["identity"] = run_folder.identity(loaders, weights, accelerator)
     if former:
@@ -531,7 +555,9 @@ def run(args, wrap=None):
             run_folder.write_run_json(folder, record)
             if not args.eval_only:
                 run_folder.remove_last(folder)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def build_loader(data, batch_size, collate, sampler):
@@ -546,9 +572,24 @@ def build_loader(data, batch_size, collate, sampler):
     )
 
 
-def train_loader(data, batch_size, collate, seed):
-    """A DataLoader of the training rows, whose order depends on the seed and the epoch alone."""
-    return build_loader(data, batch_size, collate, LengthGroupedSampler(data, batch_size, seed))
+def train_loader(data, batch_size, collate, seed, processes=1):
+    """A DataLoader of the training rows, whose order depends on the seed and the epoch alone.
+
+    processes: how many will share its batches, one after the other. Those of a step are of like length together, and
+    hold what one batch of as many times the size would hold in one process.
+    """
+    return build_loader(data, batch_size, collate, LengthGroupedSampler(data, batch_size * processes, seed))
+
+
+def eval_loader(data, batch_size, collate, process=0, processes=1):
+    """A DataLoader of what one of the processes evaluates of the rows, in order of length.
+
+    A row stands in the same batch whatever the number of processes, so its scores are the same to the last digit. That
+    all may have as many batches, some get the last one too, and `predict` drops what it has twice.
+    """
+    batches = chunks(by_length(data), batch_size)
+    batches += batches[-1:] * (-len(batches) % processes)
+    return build_loader(data, batch_size, collate, sum(batches[process::processes], []))
 
 
 def unreadable_tweets(loaders, tokenizer):
@@ -613,18 +654,24 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
         keep_memory()
     optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
-    model, optimizer, loader, validation_loader = accelerator.prepare(
-        model, optimizer, train_loader(data, state.batch_size, collate, args.seed), loaders["validation"]
+    model, optimizer, loader = accelerator.prepare(
+        model, optimizer, train_loader(data, state.batch_size, collate, args.seed, accelerator.num_processes)
     )
+    if accelerator.num_processes > 1:  # dropout of its own for each
+        set_seed(args.seed, device_specific=True)
     if schedule_state:
         run_folder.load_last(folder, accelerator, model)
         schedule.load_state_dict(schedule_state)
     effective_batch = state.batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     resumed = f" | resumed after step {state.step}" if args.resume else ""
     say(f"steps: {steps_per_epoch} an epoch | effective batch {effective_batch}{resumed}")
+    record["effective_batch_size"] = effective_batch
     if accelerator.is_main_process and not schedule_state:
         with unbroken():
             run_folder.begin(folder, record)
+    accelerator.wait_for_everyone()
+    if not (folder / "run.json").exists():
+        raise RunError(f"--save_dir {folder} is not the same folder in all processes: it must be on a shared disk")
 
     def save():
         state.wall_seconds = time.perf_counter() - started
@@ -651,7 +698,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
             with memory_for(f"--eval_batch_size {args.eval_batch_size}: lower it"):
                 metrics, _ = evaluate(
                     accelerator.unwrap_model(model),
-                    validation_loader,
+                    loaders["validation"],
                     tokenizer,
                     device,
                     sem_model,
@@ -699,6 +746,11 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     note_progress(record, state)
 
 
+def is_first_process():
+    """Whether this is the process that speaks; to be asked where there may be no Accelerator."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def note_progress(record, state):
     """Put what run.json says about the training into its record."""
     record |= {
@@ -721,7 +773,7 @@ def final_pass(args, model, tokenizer, loaders, held, sem_model, accelerator, re
     for role in ("validation", "holdout", "test"):
         if role not in loaders:
             continue
-        loader = accelerator.prepare(loaders[role])
+        loader = loaders[role]
         given = (model, loader, tokenizer, accelerator.device)
         if loader.dataset.labels is None:
             answers = predict(*given, **options, title=role)["prediction"]
@@ -826,16 +878,18 @@ def run_from_command_line(parser, argv=None, wrap=None):
             runs = seed_runs(args, wrap) if args.seeds else [args]
             for args in runs:  # noqa: B007 (what is said below is about the last of them)
                 run(args, wrap)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+        return 0
     except InputError as error:
-        print("error:", *str(error).splitlines(), file=sys.stderr)  # a name that it quotes can hold a line break
-        return 2
+        code, message = 2, f"error: {error}"
     except RunError as error:
-        print("error:", *f"{error} | {way_on(args, wrap)}".splitlines(), file=sys.stderr)
-        return 1
+        code, message = 1, f"error: {error} | {way_on(args, wrap)}"
     except KeyboardInterrupt:
-        print(f"interrupted: {way_on(args, wrap)}", file=sys.stderr)
-        return 128 + (STOP.signal or signal.SIGINT)
-    return 0
+        code, message = 128 + (STOP.signal or signal.SIGINT), f"interrupted: {way_on(args, wrap)}"
+    if is_first_process() or code == 1:  # what stops a run that has begun can come up in one process alone
+        print(*message.splitlines(), file=sys.stderr)  # a name that it quotes can hold a line break
+    return code
 
 
 def main(argv=None):

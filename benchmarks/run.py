@@ -415,7 +415,7 @@ def main(argv=None):
             say(f"{case['name']}: start-up")
             seconds = in_turns(3, lambda name: until_first_step(name, case))  # noqa: B023
             found["start_up_seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
-    seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2], 3)
+    seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2, 3, 4], 3)
     found["f1"] = {"epochs": epochs, "seeds": seeds}
     with Pools() as pools:
         for method, lora in {"full": None, "LoRA": DEMO_LORA}.items():

@@ -9,7 +9,6 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from helper_functions import (
     TweetQADataset,
     build_collate_fn,
-    by_length,
     evaluate,
     load_model_and_tokenizer,
     quiet_libraries,
@@ -21,6 +20,7 @@ from tweet_qa_main import (
     build_optimizer,
     build_parser,
     choose_precision,
+    eval_loader,
     keep_memory,
     main,
     train_epoch,
@@ -74,10 +74,10 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
     """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
     accelerator = _accelerator()
     data = TweetQADataset(rows, tokenizer)
-    loader = build_loader(data, DEFAULTS.eval_batch_size, _collate(tokenizer, device), by_length(data))
+    loader = eval_loader(data, DEFAULTS.eval_batch_size, _collate(tokenizer, device))
     metrics, frame = evaluate(
         model.to(device),
-        accelerator.prepare(loader),
+        loader,
         tokenizer,
         accelerator.device,
         sem_model,

@@ -106,9 +106,13 @@ def test_lora_computes_no_gradient_that_no_weight_needs(lora_model, tokenizer, r
     assert sum(type(module) is FastDropout for module in lora_model.modules()) > 20
     needs_gradient = {}
     lora_model.train()
-    for name in ("shared", "encoder.block.0.layer.0.layer_norm", "encoder.block.0.layer.0.SelfAttention.q"):
+    for name in (
+        "encoder.embed_tokens",
+        "encoder.block.0.layer.0.layer_norm",
+        "encoder.block.0.layer.0.SelfAttention.q",
+    ):
         lora_model.get_base_model().get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: needs_gradient.setdefault(name, output.requires_grad)
+            lambda module, inputs, output, name=name: needs_gradient.update({name: output.requires_grad})
         )
     batch = first_batch(rows, tokenizer)
     del batch["index"]
