@@ -10,12 +10,17 @@ CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_tr
 def write(found, folder):
     """Write the figures, the table and the plot, named after the device. Returns the three paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-") + ("-quick" if found["quick"] else "")
+    name = slug(found["device"]) + ("-quick" if found["quick"] else "")
     paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
     paths[0].write_text(json.dumps(found, indent=2) + "\n")
     paths[1].write_text(table(found))
     draw(found, paths[2])
     return paths
+
+
+def slug(device):
+    """The device's name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def table(found):

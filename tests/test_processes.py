@@ -1,0 +1,198 @@
+"""Several processes under `accelerate launch` do what one does: each example once, the same figures, one voice."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
+from conftest import PROJECT, SCRIPTS, run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tweet_qa_main import LABEL_PAD, _counted_batches, eval_loader, train_loader
+
+TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec")
+
+
+def launch_command(script, *arguments, processes=2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", port]
+    launcher += ["--num_processes", processes, "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [str(part) for part in (sys.executable, *launcher, PROJECT / script, *arguments)]
+
+
+def launch(script, *arguments, processes=2):
+    """What `run_script` does, under `accelerate launch`. Without Java, whose start takes longer than the rest."""
+    command = launch_command(script, *arguments, processes=processes)
+    environ = os.environ | {"PATH": os.devnull}
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def calm_demo(tmp_path_factory):
+    """The demo's model without dropout, which differs from process to process."""
+    folder = tmp_path_factory.mktemp("calm") / "model"
+    shutil.copytree(PROJECT / "demo" / "tiny-t5", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+    return folder
+
+
+def arguments(script, calm_demo, **others):
+    """Those of a small run: 45 rows, which neither batches of 4 nor steps of 8 divide."""
+    given = {"model_name": calm_demo, "dataset": PROJECT / "demo" / "tweets", "sem_model": "none", "lr": 1e-3}
+    given |= {"max_train_samples": 45, "max_eval_samples": 37, "epochs": 2, "eval_batch_size": 8, **others}
+    if script == "tweet_qa_main_lora.py":
+        given |= {"lora_dropout": 0, "lr": 3e-3}
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def both(request, tmp_path_factory, calm_demo):
+    """(script, its run in two processes with batches of 4, its run in one process with batches of 8)."""
+    folder, script = tmp_path_factory.mktemp("both"), request.param
+    two = launch(script, *arguments(script, calm_demo, batch_size=4, save_dir=folder / "two"))
+    one = run_script(script, *arguments(script, calm_demo, batch_size=8, save_dir=folder / "one"))
+    assert (two.returncode, one.returncode) == (0, 0), two.stderr + one.stderr
+    return script, (folder / "two", two), (folder / "one", one)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_two_processes_learn_what_one_does_with_twice_the_batch(both):
+    _, (two, _), (one, _) = both
+    steps = [table(folder / "train_loss.csv") for folder in (two, one)]
+    assert len(steps[0]) == len(steps[1]) == 12
+    for ours, theirs in zip(*steps, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    for ours, theirs in zip(*(table(folder / "metrics.csv") for folder in (two, one)), strict=True):
+        for name in TIMES:
+            del ours[name], theirs[name]
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    answers = [(folder / "test_answers.json").read_text() for folder in (two, one)]
+    assert answers[0] == answers[1] and len({row["Answer"] for row in json.loads(answers[0])}) > 5
+    runs = [json.loads((folder / "run.json").read_text()) for folder in (two, one)]
+    assert [run["effective_batch_size"] for run in runs] == [8, 8]
+    assert [run["identity"]["number of processes"] for run in runs] == [2, 1]
+
+
+def test_one_process_speaks_for_all(both):
+    def lines(output):
+        output = output.replace("cpu:0", "cpu").replace("/two", "/one")
+        return [line.split("time=")[0] for line in output.splitlines()]
+
+    _, (_, two), (_, one) = both
+    assert lines(two.stdout) == lines(one.stdout) and "effective batch 8" in one.stdout
+    assert two.stderr == ""
+
+
+def test_a_checkpoint_scores_the_same_to_the_last_digit(both, tmp_path, calm_demo):
+    script, _, (one, _) = both
+    folders = [shutil.copytree(one, tmp_path / name) for name in ("two", "one")]
+    given = [arguments(script, calm_demo, save_dir=folder) for folder in folders]
+    for done in (launch(script, "--eval_only", *given[0]), run_script(script, "--eval_only", *given[1])):
+        assert done.returncode == 0, done.stderr
+    for name in ("validation_predictions.csv", "test_predictions.csv", "test_answers.json", "breakdown.csv"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+    finals = [json.loads((folder / "run.json").read_text())["final"] for folder in folders]
+    assert finals[0] == finals[1] and finals[0]["f1"] > 0.1
+
+
+def test_what_was_killed_goes_on_with_as_many_processes_only(both, tmp_path, calm_demo):
+    script, (two, _), _ = both
+    given = arguments(script, calm_demo, batch_size=4, save_dir=tmp_path / "run")
+    environ = os.environ | {"PATH": os.devnull}
+    command = launch_command(script, *given, "--save_every", 2)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ, start_new_session=True
+    ) as running:
+        assert any(line.startswith("[epoch 1] val_loss") for line in running.stdout)
+        os.killpg(running.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")])  # the launcher's children lead groups of their own
+    alone = run_script(script, *given, "--resume")
+    assert alone.returncode == 2 and "number of processes (was 2, is 1)" in alone.stderr
+    done = launch(script, *given, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_bad_input_is_told_once(tmp_path, calm_demo):
+    given = arguments("tweet_qa_main.py", calm_demo, dataset=tmp_path / "none", save_dir=tmp_path / "run")
+    done = launch("tweet_qa_main.py", *given)
+    assert done.returncode != 0 and done.stdout == "" and not (tmp_path / "run").exists()
+    assert done.stderr.count("error: --dataset") == 1
+    refused = launch("tweet_qa_main.py", *arguments("tweet_qa_main.py", calm_demo), "--auto_batch_size")
+    assert refused.stderr.count("error: --auto_batch_size is for one process") == 1
+
+
+def test_seeds_run_one_after_the_other_in_all_processes(tmp_path, calm_demo):
+    small = {"max_train_samples": 8, "max_eval_samples": 8, "epochs": 1, "save_dir": tmp_path / "runs"}
+    done = launch("tweet_qa_main.py", *arguments("tweet_qa_main.py", calm_demo, **small), "--seeds", 0, 1)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads((tmp_path / "runs" / f"seed_{seed}" / "run.json").read_text()) for seed in (0, 1)]
+    assert [(run["seed"], run["finished"]) for run in runs] == [(0, True), (1, True)]
+
+
+class Examples(torch.utils.data.Dataset):
+    """Examples whose one target token is their own number."""
+
+    def __init__(self, lengths):
+        self.input_ids = [[1] * length for length in lengths]
+        self.labels = [[number] for number in range(len(lengths))]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"index": index, "labels": self.labels[index]}
+
+
+def collate(items):
+    return {"index": [item["index"] for item in items], "labels": torch.tensor([item["labels"] for item in items])}
+
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 9), processes=st.integers(1, 5), done=st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_each_example_counts_once_in_one_of_the_processes(lengths, batch_size, processes, done):
+    counted, batches = [], set()
+    for process in range(processes):
+        loader = train_loader(Examples(lengths), batch_size, collate, 0, processes)
+        loader = prepare_data_loader(loader, num_processes=processes, process_index=process, put_on_device=False)
+        accelerator = SimpleNamespace(num_processes=processes, process_index=process)
+        batches.add(len(loader))
+        done = min(done, len(loader) - 1)
+        for batch, tokens in _counted_batches(loader, done, accelerator):
+            labels = batch["labels"][batch["labels"] != LABEL_PAD].tolist()
+            assert len(labels) > 0 and tokens in (0, len(labels))
+            counted += labels if tokens else []
+    assert len(batches) == 1 and len(set(counted)) == len(counted)
+    assert len(counted) == len(lengths) - done * batch_size * processes
+
+
+@given(lengths=LENGTHS, batch_size=st.integers(1, 9), processes=st.integers(1, 5))
+@settings(deadline=None, max_examples=100)
+def test_processes_share_the_very_batches_that_one_evaluates(lengths, batch_size, processes):
+    def batches(process, processes):
+        return [tuple(b["index"]) for b in eval_loader(Examples(lengths), batch_size, collate, process, processes)]
+
+    shares = [batches(process, processes) for process in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert {batch for share in shares for batch in share} == set(batches(0, 1))
