@@ -15,10 +15,10 @@ from helper_functions import (
     use_fast_dropout,
 )
 from tweet_qa_main import (
+    EVAL_BATCH_SIZE,
     LoopState,
     build_loader,
     build_optimizer,
-    build_parser,
     choose_precision,
     eval_loader,
     keep_memory,
@@ -29,7 +29,6 @@ from tweet_qa_main import (
 from tweet_qa_main_lora import add_lora
 
 NAME = "this project"
-DEFAULTS = build_parser("", lr=1e-4, save_dir="run").parse_args([])
 
 
 def load(model_folder, lora):
@@ -74,7 +73,7 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
     """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
     accelerator = _accelerator()
     data = TweetQADataset(rows, tokenizer)
-    loader = eval_loader(data, DEFAULTS.eval_batch_size, _collate(tokenizer, device))
+    loader = eval_loader(data, EVAL_BATCH_SIZE[device], _collate(tokenizer, device))
     metrics, frame = evaluate(
         model.to(device),
         loader,

@@ -22,12 +22,17 @@ from tweet_qa_main import LABEL_PAD, _counted_batches, eval_loader, train_loader
 TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec")
 
 
-def launch_command(script, *arguments, processes=2):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", port]
-    launcher += ["--num_processes", processes, "--mixed_precision", "no", "--dynamo_backend", "no"]
+        return free.getsockname()[1]
+
+
+def launch_command(script, *arguments, processes=2, machines=(), port=None):
+    """machines: what tells the launcher of several machines; that there is one, if not given."""
+    machines = machines or ("--num_machines", 1)
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", *machines, "--num_processes", processes]
+    launcher += ["--main_process_port", port or free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [str(part) for part in (sys.executable, *launcher, PROJECT / script, *arguments)]
 
 
@@ -129,6 +134,25 @@ def test_what_was_killed_goes_on_with_as_many_processes_only(both, tmp_path, cal
     for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
         assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
     assert not (tmp_path / "run" / "last").exists()
+
+
+def test_two_machines_do_what_two_processes_do(both, tmp_path, calm_demo):
+    """The README's two commands, each "machine" on a loopback address of its own; the first one speaks."""
+    script, (two, _), _ = both
+    given = arguments(script, calm_demo, batch_size=4, save_dir=tmp_path / "run")
+    port, launched = free_port(), []
+    for rank in (0, 1):
+        machines = ("--num_machines", 2, "--machine_rank", rank, "--main_process_ip", "127.0.0.2")
+        command = launch_command(script, *given, machines=machines, port=port)
+        environ = os.environ | {"PATH": os.devnull}
+        launched.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+        )
+    said = [process.communicate(timeout=300) for process in launched]
+    assert [process.returncode for process in launched] == [0, 0], said
+    assert "[final]" in said[0][0] and said[1][0] == ""
+    for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
 
 
 def test_bad_input_is_told_once(tmp_path, calm_demo):

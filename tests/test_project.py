@@ -35,7 +35,9 @@ def test_requirements_are_pinned():
 
 def readme_commands():
     blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "README.md").read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("python tweet_qa_main")]
+    lines = [line for block in blocks for line in block.splitlines()]
+    launched = [re.sub(r"^accelerate launch .*?(?=tweet_qa_main)", "python ", line) for line in lines]
+    return [line for line in launched if line.startswith("python tweet_qa_main")]
 
 
 @pytest.mark.parametrize("command", readme_commands())
