@@ -273,11 +273,12 @@ def begin(folder, record):
     write_run_json(folder, record)
 
 
-def save_last(folder, accelerator, loop):
+def save_last(folder, accelerator, loop, model=None, optimizer=None):
     """Save what --resume needs as the folder last/, all of it or nothing. To be called by every process.
 
     loop: what JSON can hold of the loop's state. The rest goes through accelerate's save_state: the weights that are
     trained (of a PeftModel: the adapter alone), the optimizer, the scaler of fp16 and the random generators.
+    model, optimizer: the prepared ones, needed where the model is sharded.
     """
     last, beside, older = (Path(folder, name) for name in ("last", ".tmp-last", ".old-last"))
 
@@ -289,7 +290,10 @@ def save_last(folder, accelerator, loop):
     try:
         with _writing_folder(beside) if accelerator.is_main_process else nullcontext():
             accelerator.wait_for_everyone()
-            accelerator.save_state(beside)
+            if accelerator.is_fsdp2:
+                _save_sharded(beside, accelerator, model, optimizer)
+            else:
+                accelerator.save_state(beside)
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (beside / "loop.json").write_text(json.dumps(loop), encoding="utf-8")
@@ -328,9 +332,10 @@ def read_loop(folder, state_class):
         raise _cannot_resume(last / "loop.json", error) from None
 
 
-def load_last(folder, accelerator, model):
+def load_last(folder, accelerator, model, optimizer=None):
     """Put what `save_last` saved into the prepared model, its optimizer, the scaler and the random generators.
 
+    optimizer: the prepared one, needed where the model is sharded.
     Nothing is unpickled but tensors and numbers. Raises InputError for what is damaged or of another model.
     """
     last = find_last(folder)
@@ -340,13 +345,53 @@ def load_last(folder, accelerator, model):
         if saved != {name: list(weight.shape) for name, weight in _trained(model).items()}:
             raise ValueError("its weights are not those that this model trains")
         accelerator.step = None
-        # Not strict: what is not trained is not saved, and that nothing else is missing was checked above.
-        accelerator.load_state(last, strict=False, load_kwargs={"weights_only": True})
+        if accelerator.is_fsdp2:
+            _load_sharded(last, accelerator, model, optimizer)
+        else:
+            # Not strict: what is not trained is not saved, and that nothing else is missing was checked above.
+            accelerator.load_state(last, strict=False, load_kwargs={"weights_only": True})
         # accelerate goes on in silence where it cannot read the random states, which hold its `step` too.
         if accelerator.step is None:
             raise ValueError("its random states cannot be read")
     except Exception as error:  # each library has its own for what is cut off, missing or forged
         raise _cannot_resume(last, error) from None
+
+
+def _save_sharded(folder, accelerator, model, optimizer):
+    """accelerate's save_state for a sharded model, but the files of `save_last`. Its own are all weights, those of an
+    adapter's base too, or shards that are read by unpickling. The first process gathers everything on the CPU.
+    """
+    from accelerate.checkpointing import save_accelerator_state
+    from accelerate.utils import save
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    weights = {}
+    for name, shard in _trained(model).items():
+        whole = shard.detach().full_tensor()  # of all processes together
+        if accelerator.is_main_process:
+            weights[name] = whole.cpu()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    save(get_optimizer_state_dict(model, optimizer.optimizer, options=options), folder / "optimizer.bin")
+    save_accelerator_state(folder, [weights], [], [], [], accelerator.process_index, accelerator.step)
+
+
+def _load_sharded(folder, accelerator, model, optimizer):
+    """accelerate's load_state of what `_save_sharded` saved: every process reads the files, and keeps its shards."""
+    import torch
+    from accelerate.checkpointing import load_accelerator_state
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    weights, not_strict = load_file(folder / "model.safetensors"), StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, weights, options=not_strict)  # for the reason in `load_last`
+    state = torch.load(folder / "optimizer.bin", mmap=True, weights_only=True)
+    set_optimizer_state_dict(model, optimizer.optimizer, state, options=StateDictOptions(full_state_dict=True))
+    loaded = load_accelerator_state(folder, [], [], [], [], accelerator.process_index)
+    accelerator.step = loaded.get("step")
 
 
 def remove_last(folder):
@@ -386,6 +431,7 @@ def identity(loaders, weights, accelerator):
         "weights (--model_name)": weights,
         "precision": accelerator.mixed_precision,
         "number of processes": accelerator.num_processes,
+        **({"sharding": "FSDP2"} if accelerator.is_fsdp2 else {}),
     }
 
 

@@ -30,8 +30,14 @@ from pathlib import Path
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, find_executable_batch_size, set_seed
+from accelerate import Accelerator, PartialState, skip_first_batches
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    find_executable_batch_size,
+    set_seed,
+)
 from accelerate.utils.memory import should_reduce_batch_size
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -315,14 +321,17 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=Non
         step_loss = 0
         for position, (batch, tokens) in enumerate(group, start=1):
             with accelerator.no_sync(model) if position < len(group) else nullcontext():
-                mean_loss = model(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-                ).loss
+                with accelerator.autocast():  # a sharded model does not do it by itself
+                    mean_loss = model(
+                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+                    ).loss
                 loss = mean_loss * tokens / step_tokens
                 # backward() divides by the accumulation steps and averages over processes; this loss needs neither.
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             step_loss = step_loss + loss.detach()
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        if accelerator.is_fsdp2:
+            grad_norm = grad_norm.full_tensor()
         step_loss = accelerator.reduce(step_loss)
         if accelerator.scaler is None:
             # The fused AdamW leaves everything as it was where this is 1. The scaler of fp16 sets it by itself. An
@@ -407,6 +416,46 @@ def _no_bar(accelerator):
     return None if accelerator.is_main_process else True
 
 
+def sharding(precision):
+    """accelerate's plugin for FSDP2 where the config of `accelerate launch` asks for sharding, else None.
+
+    Raises InputError for what does not go with it.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return None
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise InputError("accelerate's config shards with FSDP1: give fsdp_version 2, as benchmarks/fsdp2.yaml does")
+    if precision == "fp16":
+        raise InputError("--precision fp16 is not for sharded training: use bf16 or fp32")
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        mixed_precision_policy=MixedPrecisionPolicy(),  # float32 weights and gradients, and autocast, as without shards
+        state_dict_type="FULL_STATE_DICT",  # of last/: the other kind would be read by unpickling it
+        cpu_ram_efficient_loading=False,  # else all processes but one would evaluate a model without its weights
+    )
+
+
+def hollow_copy(model, device):
+    """A copy of the model without the weights, which takes no memory. Weights that are shared will be so there too."""
+    nothing = torch.empty(0, device=device)
+    return copy.deepcopy(model, {id(p): torch.nn.Parameter(nothing, p.requires_grad) for p in model.parameters()})
+
+
+def fill(hollow, model):
+    """Put the weights of the sharded model, whole, into its hollow copy. To be called by every process."""
+    with unbroken():  # a process that left in the midst of it would let the others wait
+        for whole, shard in zip(hollow.parameters(), model.parameters(), strict=True):
+            whole.data = shard.detach().full_tensor().to(whole.device)
+
+
+def empty(hollow):
+    """Let go of the weights that `fill` put there."""
+    for whole in hollow.parameters():
+        whole.data = whole.new_empty(0)
+
+
 def select_rows(args):
     """Load the data and choose the rows of each role.
 
@@ -475,12 +524,18 @@ def run(args, wrap=None):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.auto_batch_size and processes > 1:
         raise InputError("--auto_batch_size is for one process: where one of several runs out of memory, all end")
+    plugin = sharding(args.precision)
     accelerator = Accelerator(
         cpu=processes > 1 and not torch.cuda.is_available(),  # unless told so, accelerate would not connect them
+        fsdp_plugin=plugin,
         mixed_precision=choose_precision(args.precision),
         gradient_accumulation_steps=args.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
     )
+    if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # accelerate takes the plugin on GPUs only. On CPUs FSDP2 works as well, and can be tried and tested there.
+        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     device, say = accelerator.device, accelerator.print
     args.eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device.type, EVAL_BATCH_SIZE["cpu"])
 
@@ -659,6 +714,12 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     use_fast_dropout(model)
     if device.type == "cpu":
         keep_memory()
+    hollow = None
+    if accelerator.is_fsdp2:
+        # What is evaluated and saved: an ordinary model, whose passes no process has to make together with the others.
+        hollow = hollow_copy(model, device)
+        # One module in place of three with the same weight, of which only one could be sharded.
+        model.set_input_embeddings(model.get_input_embeddings())
     optimizer, schedule = build_optimizer(model, args.lr, steps_per_epoch * args.epochs)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
     model, optimizer, loader = accelerator.prepare(
@@ -667,11 +728,15 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     if accelerator.num_processes > 1:  # dropout of its own for each
         set_seed(args.seed, device_specific=True)
     if schedule_state:
-        run_folder.load_last(folder, accelerator, model)
+        run_folder.load_last(folder, accelerator, model, optimizer)
         schedule.load_state_dict(schedule_state)
     effective_batch = state.batch_size * accelerator.gradient_accumulation_steps * accelerator.num_processes
     resumed = f" | resumed after step {state.step}" if args.resume else ""
-    say(f"steps: {steps_per_epoch} an epoch | effective batch {effective_batch}{resumed}")
+    sharded = ""
+    if accelerator.is_fsdp2:
+        record["parameters_per_process"] = sum(p.to_local().numel() for p in model.parameters())
+        sharded = f" | sharded, {record['parameters_per_process']:,} parameters a process"
+    say(f"steps: {steps_per_epoch} an epoch | effective batch {effective_batch}{sharded}{resumed}")
     record["effective_batch_size"] = effective_batch
     if accelerator.is_main_process and not schedule_state:
         with unbroken():
@@ -683,7 +748,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     def save():
         state.wall_seconds = time.perf_counter() - started
         loop = {"state": vars(state), "schedule": schedule.state_dict()}
-        run_folder.save_last(folder, accelerator, loop)
+        run_folder.save_last(folder, accelerator, loop, model, optimizer)
 
     def out_of_patience():
         return args.patience and state.epoch - state.best_epoch >= args.patience
@@ -702,9 +767,13 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
                 f"[epoch {state.epoch + 1}] time={seconds:.1f}s | steps/sec={len(rows) / seconds:.2f}"
                 f" | peak VRAM={peak_vram_mb:.0f} MB"
             )
+            if hollow:
+                with memory_for("all weights on each device, as the evaluation needs them: give a smaller model"):
+                    fill(hollow, model)
+            whole = hollow or accelerator.unwrap_model(model)
             with memory_for(f"--eval_batch_size {args.eval_batch_size}: lower it"):
                 metrics, _ = evaluate(
-                    accelerator.unwrap_model(model),
+                    whole,
                     loaders["validation"],
                     tokenizer,
                     device,
@@ -738,11 +807,13 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
                 note_progress(record, state)
                 if accelerator.is_main_process:
                     if improved:
-                        run_folder.save_checkpoint(folder, accelerator.unwrap_model(model), tokenizer, record)
+                        run_folder.save_checkpoint(folder, whole, tokenizer, record)
                     run_folder.write_table(folder / "metrics.csv", state.epoch_rows)
                     run_folder.write_table(folder / "train_loss.csv", state.step_rows)
                     run_folder.draw_curves(folder, state.epoch_rows, state.step_rows)
                     run_folder.write_run_json(folder, record)
+                if hollow:
+                    empty(hollow)
                 # Last, so that what last/ speaks of is there. A run that is killed before makes all of it once more.
                 save()
         except KeyboardInterrupt:  # a signal; the state is whole at each point where one is let through

@@ -16,8 +16,12 @@ from accelerate.data_loader import prepare_data_loader
 from conftest import PROJECT, SCRIPTS, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from tweet_qa_main import LABEL_PAD, _counted_batches, eval_loader, train_loader
+from helper_functions import InputError, answer
+from tweet_qa_main import LABEL_PAD, _counted_batches, eval_loader, sharding, train_loader
 
 TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec")
 
@@ -28,17 +32,20 @@ def free_port():
         return free.getsockname()[1]
 
 
-def launch_command(script, *arguments, processes=2, machines=(), port=None):
+def launch_command(script, *arguments, processes=2, sharded=False, machines=(), port=None):
     """machines: what tells the launcher of several machines; that there is one, if not given."""
-    machines = machines or ("--num_machines", 1)
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", *machines, "--num_processes", processes]
-    launcher += ["--main_process_port", port or free_port(), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", processes]
+    launcher += ["--main_process_port", port or free_port(), *(machines or ("--num_machines", 1))]
+    if sharded:
+        launcher += ["--config_file", PROJECT / "benchmarks" / "fsdp2.yaml"]
+    else:
+        launcher += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [str(part) for part in (sys.executable, *launcher, PROJECT / script, *arguments)]
 
 
-def launch(script, *arguments, processes=2):
+def launch(script, *arguments, processes=2, sharded=False):
     """What `run_script` does, under `accelerate launch`. Without Java, whose start takes longer than the rest."""
-    command = launch_command(script, *arguments, processes=processes)
+    command = launch_command(script, *arguments, processes=processes, sharded=sharded)
     environ = os.environ | {"PATH": os.devnull}
     return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=600)
 
@@ -116,11 +123,14 @@ def test_a_checkpoint_scores_the_same_to_the_last_digit(both, tmp_path, calm_dem
     assert finals[0] == finals[1] and finals[0]["f1"] > 0.1
 
 
-def test_what_was_killed_goes_on_with_as_many_processes_only(both, tmp_path, calm_demo):
+@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, request, tmp_path, calm_demo):
     script, (two, _), _ = both
+    if shards:
+        two, _ = request.getfixturevalue("sharded")
     given = arguments(script, calm_demo, batch_size=4, save_dir=tmp_path / "run")
     environ = os.environ | {"PATH": os.devnull}
-    command = launch_command(script, *given, "--save_every", 2)
+    command = launch_command(script, *given, "--save_every", 2, sharded=shards)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ, start_new_session=True
     ) as running:
@@ -129,7 +139,10 @@ def test_what_was_killed_goes_on_with_as_many_processes_only(both, tmp_path, cal
     subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")])  # the launcher's children lead groups of their own
     alone = run_script(script, *given, "--resume")
     assert alone.returncode == 2 and "number of processes (was 2, is 1)" in alone.stderr
-    done = launch(script, *given, "--resume")
+    if shards:
+        whole = launch(script, *given, "--resume")
+        assert whole.returncode != 0 and "began with other sharding" in whole.stderr
+    done = launch(script, *given, "--resume", sharded=shards)
     assert done.returncode == 0, done.stderr
     for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
         assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
@@ -170,6 +183,92 @@ def test_seeds_run_one_after_the_other_in_all_processes(tmp_path, calm_demo):
     assert done.returncode == 0, done.stderr
     runs = [json.loads((tmp_path / "runs" / f"seed_{seed}" / "run.json").read_text()) for seed in (0, 1)]
     assert [(run["seed"], run["finished"]) for run in runs] == [(0, True), (1, True)]
+
+
+@pytest.fixture(scope="module")
+def sharded(both, tmp_path_factory, calm_demo):
+    """(its folder, what it printed) of the run in two processes once more, now with a part of the weights in each."""
+    script, folder = both[0], tmp_path_factory.mktemp("sharded") / "two"
+    done = launch(script, *arguments(script, calm_demo, batch_size=4, save_dir=folder), sharded=True)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_sharded_processes_learn_what_whole_ones_do(both, sharded):
+    _, (whole, _), _ = both
+    folder, done = sharded
+    assert done.stderr == ""
+    run = json.loads((folder / "run.json").read_text())
+    held = run["parameters_per_process"]
+    assert 0.5 <= held / run["total_parameters"] < 0.52 and f"sharded, {held:,} parameters a process" in done.stdout
+    for name, tolerance in (("train_loss.csv", 1e-4), ("metrics.csv", 1e-5)):
+        for ours, theirs in zip(table(folder / name), table(whole / name), strict=True):
+            for time in TIMES:
+                ours.pop(time, None), theirs.pop(time, None)
+            assert ours == pytest.approx(theirs, rel=tolerance)
+
+
+def test_a_sharded_run_leaves_an_ordinary_checkpoint(both, sharded, tmp_path, calm_demo):
+    script, (whole, _), _ = both
+    folder, _ = sharded
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    weights = [next(path.glob("*model.safetensors")) for path in (folder, whole)]
+    ours, theirs = (load_file(path) for path in weights)
+    assert weights[0].name == weights[1].name and list(ours) == list(theirs)
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-4)
+    if script == "tweet_qa_main.py":
+        assert (folder / "config.json").read_bytes() == (whole / "config.json").read_bytes()
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    alone = run_script(script, "--eval_only", *arguments(script, calm_demo, save_dir=copy))
+    assert alone.returncode == 0, alone.stderr
+    for name in ("validation_predictions.csv", "test_answers.json"):
+        assert (copy / name).read_bytes() == (folder / name).read_bytes(), name
+
+    model, tokenizer = load_as_readme_says(script, folder, calm_demo)
+    with open(folder / "validation_predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    answers = answer(model, tokenizer, "cpu", [row["question"] for row in rows], [row["tweet"] for row in rows])
+    assert answers == [row["prediction"] for row in rows]
+
+
+def load_as_readme_says(script, folder, base):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if script == "tweet_qa_main.py":
+        return AutoModelForSeq2SeqLM.from_pretrained(folder), tokenizer
+    return PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), folder), tokenizer
+
+
+def test_a_sharded_model_may_share_its_embeddings_with_its_head(tmp_path, calm_demo):
+    model = AutoModelForSeq2SeqLM.from_pretrained(calm_demo)
+    model.config.tie_word_embeddings = True
+    weights = load_file(calm_demo / "model.safetensors")
+    del weights["lm_head.weight"]
+    tied = shutil.copytree(calm_demo, tmp_path / "tied")
+    save_file(weights, tied / "model.safetensors", metadata={"format": "pt"})
+    (tied / "config.json").write_text(json.dumps(model.config.to_dict()))
+    small = {"max_train_samples": 16, "max_eval_samples": 8, "epochs": 1}
+    folders = [tmp_path / "sharded", tmp_path / "one"]
+    given = [arguments("tweet_qa_main.py", tied, **small, save_dir=folder) for folder in folders]
+    done = launch("tweet_qa_main.py", *given[0], "--batch_size", 2, sharded=True)
+    alone = run_script("tweet_qa_main.py", *given[1], "--batch_size", 4)
+    assert (done.returncode, alone.returncode) == (0, 0), done.stderr + alone.stderr
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
+    assert list(ours) == list(theirs) and "lm_head.weight" not in ours
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-4)
+    assert (folders[0] / "config.json").read_bytes() == (folders[1] / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "message"), [("1", "fp32", "give fsdp_version 2"), ("2", "fp16", "--precision fp16")]
+)
+def test_what_does_not_go_with_shards_is_refused(version, precision, message, monkeypatch):
+    assert sharding(precision) is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(InputError, match=message):
+        sharding(precision)
 
 
 class Examples(torch.utils.data.Dataset):
