@@ -13,13 +13,17 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 
@@ -42,12 +46,16 @@ RUN_FILES = (
 )
 # What a run that was killed can leave beside its place.
 UNRENAMED = {".tmp-last", ".tmp-checkpoint", *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
-# What may differ when a run is resumed: where it writes, how it starts, and how often it saves. --model_name and
-# --dataset are compared by what they hold, see `identity`; all other arguments change the result.
+# What may differ when a run is resumed: where it writes and is reported, how it starts, and how often it saves.
+# --model_name and --dataset are compared by what they hold, see `identity`; all other arguments change the result.
 HARMLESS_ARGUMENTS = (
     *("save_dir", "resume", "overwrite", "seeds", "eval_only", "save_every", "eval_batch_size", "auto_batch_size"),
-    *("model_name", "dataset"),
+    *("report_to", "push_to_hub", "model_name", "dataset"),
 )
+TRACKER_FOLDERS = ("tensorboard", "wandb")  # below the run folder; trackio has a place of its own for all runs
+PLOTS = ("loss_curve", "val_f1_curve", "val_sem_sim_curve", "breakdown")
+# What is not uploaded: files that hold the data set's rows, and all that stands in a folder of its own.
+NOT_UPLOADED = ("*predictions.csv", "test_answers.json", "*/*")
 
 
 def input_error(message):
@@ -268,6 +276,9 @@ def begin(folder, record):
         remove_last(folder)
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
+        for name in TRACKER_FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
     except OSError as error:
         raise _cannot_write(folder, error) from None
     write_run_json(folder, record)
@@ -503,6 +514,7 @@ def new_run(method, args, device, model):
         "args": dict(vars(args)),
         "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
         "git_commit": _git_commit(),
+        "run_id": uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": False,
         "device": device_name,
@@ -830,16 +842,20 @@ def write_model_card(folder, run):
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    args, final = run["args"], run["final"]
+    from helper_functions import _is_local
+
+    args, final, scored = run["args"], run["final"], run.get("eval_only") or run["args"]
     path = Path(folder, "README.md")
     data = ModelCard.load(path, ignore_metadata_errors=True).data if path.exists() else ModelCardData()
-    data.base_model = args["model_name"]
+    local = _is_local(args["model_name"])
+    data.base_model = None if local else args["model_name"]  # the hub takes only ids of its own here
     data.library_name = "peft" if run["method"] == "lora" else "transformers"
     data.language = "en"
-    data.tags = sorted({*(data.tags or []), "question-answering", "tweet_qa", "t5"})
+    tags = [tag for tag in data.tags or [] if not (local and tag.startswith("base_model:"))]
+    data.tags = sorted({*tags, "question-answering", "tweet_qa", "t5"})
     data.metrics = ["f1", "exact_match"]
-    if not os.path.isdir(args["dataset"]):
-        data.datasets = [args["dataset"]]  # the hub takes only ids of its own here
+    if not _is_local(args["dataset"]):
+        data.datasets = [args["dataset"]]
     trained = f"{run['trainable_parameters']:,} of {run['total_parameters']:,} parameters trained"
     method = "a LoRA adapter" if run["method"] == "lora" else "a full fine-tune"
     lines = [
@@ -859,8 +875,8 @@ def write_model_card(folder, run):
         lines += ["The run that writes this folder has not finished yet.", ""]
     else:
         lines += [
-            f"Validation split, best epoch ({run['best_epoch']}), {args['final_beams']} beams. The epoch was chosen by"
-            " F1 on this same split, so the figures are a little optimistic.",
+            f"Validation split, best epoch ({run['best_epoch']}), {scored['final_beams']} beams. The epoch was chosen"
+            " by F1 on this same split, so the figures are a little optimistic.",
             "",
             "| metric | value |",
             "| --- | --- |",
@@ -886,7 +902,8 @@ def _as_typed(value):
 
 
 def _loading_snippet(run):
-    name = Path(run["args"]["save_dir"]).name
+    args = run.get("eval_only") or run["args"]
+    name = args.get("push_to_hub") or Path(args["save_dir"]).name
     if run["method"] == "full":
         return f"""\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -900,3 +917,201 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 base = AutoModelForSeq2SeqLM.from_pretrained({run["args"]["model_name"]!r})
 model = PeftModel.from_pretrained(base, {name!r})"""
+
+
+# -------------------------------------------------------------------------------------------- trackers, --report_to
+
+
+def check_tracker(name):
+    """Raise InputError unless --report_to's tracker is installed and, for wandb, has an account to log to."""
+    if name == "none":
+        return
+    from accelerate.tracking import get_available_trackers
+
+    if name not in map(str, get_available_trackers()):
+        raise input_error(f"--report_to {name} needs a library that is not installed: pip install {name}")
+    if name == "wandb":
+        import wandb
+
+        settings = wandb.setup(wandb.Settings(silent=True)).settings
+        if settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise input_error("--report_to wandb: nobody is logged in; `wandb login` first, or set WANDB_MODE=offline")
+
+
+def begin_tracking(folder, accelerator, record, state):
+    """Begin to log to the tracker that the accelerator was given, or go on with it after the step that `state` tells.
+
+    TensorBoard writes to FOLDER/tensorboard; in a run that is resumed it hides what was noted after that step. wandb
+    writes to FOLDER/wandb, and goes on under the same id; its server takes no step that it has. trackio goes on with
+    its last run of the folder's name. A step that is done once more stands twice in trackio, and in wandb's files of
+    WANDB_MODE=offline.
+
+    Returns how to look at it, None without a tracker and in all processes but the main one. Raises RunError.
+    """
+    if not accelerator.log_with or not accelerator.is_main_process:
+        return None
+    tracker, name, step = str(accelerator.log_with[0]), Path(folder).absolute().name, state.step
+    config = {"method": record["method"], **record["args"]}
+    config = {key: value if isinstance(value, int | float) else _as_typed(value) for key, value in config.items()}
+    options = {}
+    if tracker == "tensorboard" and step:
+        options, config = {"purge_step": step + 1}, None  # it has the arguments already
+    elif tracker == "wandb":
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", reinit="finish_previous")
+        # With the batch size: a run that --auto_batch_size starts again begins to count its steps again.
+        run_id = f"{record['run_id']}-{state.batch_size}"
+        options = {"name": name, "dir": str(folder), "id": run_id, "resume": "allow", "settings": settings}
+    elif tracker == "trackio":
+        options = {"name": name, "resume": "allow" if step else "never", "embed": False}
+    with _reporting(accelerator):
+        # TensorBoard's folder is named after the project.
+        project = "tensorboard" if tracker == "tensorboard" else "tweet_qa"
+        accelerator.init_trackers(project, config, {tracker: options})
+    if tracker == "tensorboard":
+        return f"tensorboard --logdir {shlex.quote(str(folder))}"
+    if tracker == "trackio":
+        return f"trackio show --project {project}"
+    return accelerator.trackers[0].run.url or f"wandb sync {shlex.quote(str(folder))}/wandb/*"
+
+
+def report(accelerator, part, values, step):
+    """Log the values {name: number or None} as PART/NAME, if there is a tracker. Raises RunError."""
+    if accelerator.trackers and values:
+        with _reporting(accelerator):
+            accelerator.log({f"{part}/{name}": value for name, value in values.items() if value is not None}, step)
+
+
+def report_results(folder, accelerator, record):
+    """Log the final metrics and, where the tracker takes images, the plots; then end the tracking. Raises RunError."""
+    for tracker in accelerator.trackers:
+        for part in ("final", "holdout", "test"):
+            metrics = record.get(part, {})
+            report(accelerator, part, metrics.get("metrics", metrics), record["steps"])
+        if hasattr(tracker, "log_images"):
+            import numpy as np
+            from PIL import Image
+
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            for path in (Path(folder, f"{name}.png") for name in PLOTS):
+                if path.exists():
+                    with _reporting(accelerator):
+                        image = np.asarray(Image.open(path).convert("RGB"))
+                        tracker.log_images({path.stem: image[None]}, step=record["steps"], **layout)
+    end_tracking(accelerator)
+
+
+def end_tracking(accelerator):
+    """Let the tracker write what it still holds. Raises RunError."""
+    while accelerator.trackers:
+        with _reporting(accelerator):
+            tracker = accelerator.trackers.pop()
+            tracker.finish()
+            if tracker.name == "trackio":  # else it ends the run once more, and says so, when Python exits
+                import trackio
+
+                trackio.finish()
+
+
+@contextmanager
+def _reporting(accelerator):
+    """Keep what the tracker prints off the screen; raise RunError where it fails."""
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    except Exception as error:  # each tracker has its own
+        from helper_functions import RunError, one_line
+
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise RunError(
+            f"--report_to {accelerator.log_with[0]} failed ({reason}); --report_to none does without"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------- upload, --push_to_hub
+
+
+def check_can_push(repo):
+    """Raise InputError unless the hub answers and takes the token with which `repo` will be written to."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        from helper_functions import one_line
+
+        raise input_error(f"--push_to_hub {repo}: {one_line(error)}") from None
+    if constants.HF_HUB_OFFLINE:
+        raise input_error(f"--push_to_hub {repo}: HF_HUB_OFFLINE is set, so that nothing can be uploaded")
+    if not get_token():
+        raise input_error(f"--push_to_hub {repo} needs a token: `hf auth login` first, or set HF_TOKEN")
+    try:
+        token = _who_am_i().get("auth", {}).get("accessToken", {})
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise input_error(
+                f"--push_to_hub {repo}: the hub refuses the token; `hf auth login` sets another"
+            ) from None
+        raise input_error(f"--push_to_hub {repo}: the hub answers {error.response.status_code}; try later") from None
+    except Exception as error:  # only its name: the message of a malformed header would quote the token
+        raise input_error(f"--push_to_hub {repo}: the hub cannot be reached ({type(error).__name__})") from None
+    if token.get("role") == "read":
+        raise input_error(f"--push_to_hub {repo}: the token may only read; one that may write is needed")
+
+
+def _who_am_i(seconds=8):
+    """What the hub says of the token. Raises what the hub's library does, and TimeoutError where no answer comes."""
+    from huggingface_hub import HfApi
+
+    answers = []
+
+    def ask():
+        try:
+            answers.append(HfApi().whoami())
+        except Exception as error:
+            answers.append(error)
+
+    thread = Thread(target=ask, daemon=True)  # no timeout of the library's bounds the look-up of the host's name
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise TimeoutError("no answer")
+    if isinstance(answers[0], Exception):
+        raise answers[0]
+    return answers[0]
+
+
+def push(folder, repo):
+    """Upload checkpoint, model card, run.json, curves and tables to `repo`, which is made where it is missing.
+
+    Returns its address. Raises RunError, which says how it can be done later.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    from helper_functions import RunError, one_line
+
+    constants.HF_HUB_OFFLINE = False  # it was, or the run would not have begun; a hub that failed meanwhile sets it
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        _who_am_i()  # an upload has no time limit: none is begun where nobody answers
+        api = HfApi()
+        address = api.create_repo(repo, exist_ok=True)
+        files = [name for name in (*RUN_FILES, "run.json") if not any(fnmatch(name, p) for p in NOT_UPLOADED)]
+        api.upload_folder(
+            repo_id=address.repo_id, folder_path=folder, allow_patterns=files, commit_message="Upload a TweetQA run"
+        )
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise RunError(f"the upload failed ({reason}); {upload_command(folder, repo)} repeats it") from None
+    return str(address)
+
+
+def upload_command(folder, repo):
+    """The command that uploads what `push` does."""
+    exclude = [word for pattern in NOT_UPLOADED for word in ("--exclude", pattern)]
+    return shlex.join(["hf", "upload", repo, str(folder), ".", *exclude])

@@ -10,7 +10,8 @@ After each epoch the validation split is scored and the best epoch by F1 is kept
 checkpoint is read back and scored with --final_beams. `tweet_qa_main_lora.py` is the same run with a LoRA adapter.
 
 A run that was interrupted goes on, to the same result, with the same command and --resume. Exit codes: 0 done, 1 the
-run could not go on, 2 something given is wrong and nothing was begun, 130 and 143 interrupted by Ctrl-C and SIGTERM.
+run could not go on or be uploaded, 2 something given is wrong and nothing was begun, 130 and 143 interrupted by Ctrl-C
+and SIGTERM.
 """
 
 import argparse
@@ -184,6 +185,9 @@ def build_parser(description, lr, save_dir):
     add("--max_eval_samples", type=at_least(1), help="evaluate the first so many rows of a split (default: all)")
     add("--holdout", type=at_least(0), default=0, help="training rows to set aside, by tweet, and score at the end")
     add("--drop_leaked", action="store_true", help="drop training rows whose tweet stands in validation or test too")
+    trackers = ["tensorboard", "wandb", "trackio", "none"]
+    add("--report_to", choices=trackers, default="none", help="where losses, metrics, arguments and plots go as well")
+    add("--push_to_hub", metavar="REPO", help="upload what the run saved to this hub repository (default: no upload)")
     return parser
 
 
@@ -375,6 +379,7 @@ def _note_steps(state, measured, accelerator):
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         state.skipped += not finite
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
+        run_folder.report(accelerator, "train", {name: row[name] for name in ("loss", "lr", "grad_norm")}, state.step)
         if state.skipped_in_a_row == MAX_SKIPPED:
             precision = accelerator.mixed_precision.replace("no", "fp32")
             raise RunError(
@@ -512,8 +517,9 @@ def run(args, wrap=None):
         former = run_folder.check_can_go_on(folder, method, vars(args))
         if run_folder.is_finished(former):
             run_folder.remove_last(folder)  # where the run was killed in its very last moment
+            upload = f"; {run_folder.upload_command(folder, args.push_to_hub)} uploads it" if args.push_to_hub else ""
             if is_first_process():
-                print(f"{folder} holds this run, finished: there is nothing to resume")
+                print(f"{folder} holds this run, finished: there is nothing to resume{upload}")
             return
         saved = run_folder.read_loop(folder, LoopState)
     else:
@@ -521,6 +527,9 @@ def run(args, wrap=None):
         if args.overwrite:
             inputs = {name: getattr(args, name) for name in ("model_name", "dataset", "sem_model")}
             run_folder.check_outlives_overwriting(folder, **inputs)
+    run_folder.check_tracker(args.report_to)
+    if args.push_to_hub is not None:
+        run_folder.check_can_push(args.push_to_hub)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.auto_batch_size and processes > 1:
         raise InputError("--auto_batch_size is for one process: where one of several runs out of memory, all end")
@@ -531,6 +540,8 @@ def run(args, wrap=None):
         mixed_precision=choose_precision(args.precision),
         gradient_accumulation_steps=args.grad_accum_steps,
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.save_dir,
     )
     if plugin and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # accelerate takes the plugin on GPUs only. On CPUs FSDP2 works as well, and can be tried and tested there.
@@ -568,7 +579,7 @@ def run(args, wrap=None):
         record["identity"] = run_folder.identity(loaders, weights, accelerator)
     if former:
         run_folder.check_is_same(folder, former.get("identity", {}), record["identity"])
-        record["started"] = former["started"]
+        record |= {name: former[name] for name in ("started", "run_id") if name in former}
     if saved:
         started -= saved[0].wall_seconds
         if saved[0].best_epoch:
@@ -613,13 +624,15 @@ def run(args, wrap=None):
                     "peak_ram_mb": run_folder.peak_ram_mb(),
                     "checkpoint_bytes": run_folder.checkpoint_bytes(folder),
                 }
+            if not args.eval_only or (args.push_to_hub and record["best_epoch"]):
                 run_folder.write_model_card(folder, record)
             run_folder.write_run_json(folder, record)
             if not args.eval_only:
                 run_folder.remove_last(folder)
+    run_folder.report_results(folder, accelerator, record)
     accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    if args.push_to_hub and accelerator.is_main_process:
+        say(f"uploaded: {run_folder.push(folder, args.push_to_hub)}")
 
 
 def build_loader(data, batch_size, collate, sampler):
@@ -692,6 +705,7 @@ def train_what_fits(args, wrap, models, tokenizer, loaders, sem_model, accelerat
                 f" {effective_batch // batch_size} a step"
             )
             state, schedule_state = LoopState(batch_size=batch_size), None
+            run_folder.end_tracking(accelerator)
             accelerator.free_memory()
             set_seed(args.seed)
             model, _ = load_model_and_tokenizer(args.model_name, cached=True)
@@ -744,6 +758,8 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     accelerator.wait_for_everyone()
     if not (folder / "run.json").exists():
         raise RunError(f"--save_dir {folder} is not the same folder in all processes: it must be on a shared disk")
+    if report := run_folder.begin_tracking(folder, accelerator, record, state):
+        say(f"report: {report}")
 
     def save():
         state.wall_seconds = time.perf_counter() - started
@@ -805,6 +821,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
                 if improved:
                     state.best_f1, state.best_epoch = metrics["f1"], state.epoch
                 note_progress(record, state)
+                run_folder.report(accelerator, "epoch", state.epoch_rows[-1], state.step)
                 if accelerator.is_main_process:
                     if improved:
                         run_folder.save_checkpoint(folder, whole, tokenizer, record)
@@ -833,6 +850,7 @@ def note_progress(record, state):
     """Put what run.json says about the training into its record."""
     record |= {
         "best_epoch": state.best_epoch,
+        "steps": state.step,
         "peak_vram_mb": max(row["peak_vram_mb"] for row in state.epoch_rows),
         "skipped_steps": state.skipped,
         "batch_size_used": state.batch_size,
@@ -912,6 +930,10 @@ def seed_runs(args, wrap):
     """
     if args.eval_only or args.overwrite:
         raise InputError("--seeds goes with neither --eval_only nor --overwrite: give those with one --seed")
+    if args.push_to_hub is not None:
+        raise InputError(
+            "--seeds does not go with --push_to_hub: a repository holds one run; upload one later (--eval_only)"
+        )
     if len(set(args.seeds)) < len(args.seeds):
         raise InputError(f"--seeds {' '.join(map(str, args.seeds))}: each seed can be run only once")
     if Path(args.save_dir, "run.json").exists():
@@ -947,8 +969,8 @@ def way_on(args, wrap):
 def run_from_command_line(parser, argv=None, wrap=None):
     """Parse argv and run. Returns the exit code: 0, or another after one line on stderr about why.
 
-    1: a run that had begun could not go on. 2: something given is wrong, and nothing was begun or changed. 130, 143:
-    interrupted by Ctrl-C or SIGTERM.
+    1: a run that had begun could not go on, or be uploaded. 2: something given is wrong, and nothing was begun or
+    changed. 130, 143: interrupted by Ctrl-C or SIGTERM.
     """
     args = parser.parse_args(argv)
     try:

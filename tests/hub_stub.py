@@ -7,8 +7,12 @@
 It answers what `huggingface_hub`, `transformers`, `datasets` and `sentence_transformers` ask in order to read a public
 repository (its info, its file tree, some paths' details, its files by HEAD, GET and ranges), with the Hub's own headers
 and error codes. Files come by plain HTTP: there is no Xet storage and no redirect.
+
+It also takes uploads, from clients that know one of its `tokens` and set HF_HUB_DISABLE_XET: who am I, making a
+repository, the check of a model card's header, small files in the commit itself and large ones through LFS.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -19,12 +23,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 REVISION = r"(?P<revision>refs/(?:convert|pr)/[^/]+|[^/]+)"  # the Hub takes these refs quoted (one segment) or plain
 RESOLVE = re.compile(rf"/(?:(?P<kind>datasets)/)?(?P<repo>[^/]+(?:/[^/]+)?)/resolve/{REVISION}/(?P<path>.+)")
 API = re.compile(
     r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+?(?:/[^/]+?)??)"
     rf"(?:/(?P<call>revision|tree|paths-info)/{REVISION}(?:/(?P<path>.+))?)?"
 )
+WRITE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/(?P<call>preupload|commit)/main")
+LFS_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 LFS_SUFFIXES = {".safetensors", ".bin", ".parquet", ".arrow", ".model", ".h5", ".msgpack", ".onnx", ".zip"}
 NO_REPO = (401, "RepoNotFound", "Invalid username or password.")  # what an anonymous caller gets; 404 with a token
 NO_REVISION = (404, "RevisionNotFound", "Invalid rev id")
@@ -71,11 +80,14 @@ def describe_file(file, path):
 class HubStub:
     """Serve `models` and `datasets` (repository id -> folder, or {revision: folder}) while the `with` block lasts.
 
-    `url` is the value for HF_ENDPOINT. `requests` lists (method, path with its quotes undone, status), in order.
+    tokens: {token: (user, "write" or "read")}, for uploads. `url` is the value for HF_ENDPOINT. `requests` lists
+    (method, path with its quotes undone, status), in order. `uploads` is {repository id: {path: bytes}}.
+    dies_after: a path after whose first answer every connection is dropped.
     """
 
-    def __init__(self, models=None, datasets=None):
-        self.requests = []
+    def __init__(self, models=None, datasets=None, tokens=None, dies_after=None):
+        self.requests, self.dies_after = [], dies_after
+        self.tokens, self.uploads, self.objects = tokens or {}, {}, {}  # objects: what came through LFS, by SHA-256
         self.repos = {}  # (kind, repository id) -> {revision: its files}
         for kind, repos in (("models", models or {}), ("datasets", datasets or {})):
             for repo, given in repos.items():
@@ -127,9 +139,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_request(self):
         """Find what is asked for, answer, and log it."""
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+        body = self.read_body()
+        if self.server.hub.dies_after in [path for _, path, _ in self.server.hub.requests]:
+            self.close_connection = True
+            return
         url = urlsplit(self.path)
         path, query = unquote(url.path), parse_qs(url.query)
+        if self.answer_upload(path, body):
+            return
         if match := RESOLVE.fullmatch(path):
             self.answer_file(match["kind"] or "models", match["repo"], match["revision"], match["path"])
         elif (match := API.fullmatch(path)) and (self.command == "POST") == (match["call"] == "paths-info"):
@@ -140,14 +157,84 @@ class Handler(BaseHTTPRequestHandler):
                 tree = found.tree(match["path"] or "", query.get("recursive", [""])[0].lower() in ("true", "1"))
                 self.answer_error(*NO_ENTRY) if tree is None else self.answer_json(tree)
             elif match["call"] == "paths-info":
-                asked = parse_qs(body).get("paths", [])
+                asked = parse_qs(body.decode()).get("paths", [])
                 self.answer_json([found.entries[path] for path in asked if path in found.entries])
             else:
                 self.answer_json(repo_info(match["repo"], found))
         else:
             self.answer_error(404, "", "Sorry, we can't find the page you are looking for.")
 
-    do_GET = do_HEAD = do_POST = answer_request
+    do_GET = do_HEAD = do_POST = do_PUT = answer_request
+
+    def read_body(self):
+        """The bytes that came with the request, in one piece or in chunks."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def answer_upload(self, path, body):
+        """Answer what belongs to an upload, as far as the token allows it; returns whether the request did."""
+        hub = self.server.hub
+        user, role = hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "), (None, None))
+        write, batch = WRITE.fullmatch(path), LFS_BATCH.fullmatch(path)
+        if self.command == "PUT":  # its address is the permission, as with the Hub's storage
+            hub.objects[hashlib.sha256(body).hexdigest()] = body
+            self.answer(200, {})
+        elif not (write or batch or path in ("/api/whoami-v2", "/api/repos/create", "/api/validate-yaml")):
+            return False
+        elif user is None:
+            self.answer_error(401, "", "Invalid username or password.")
+        elif path == "/api/whoami-v2":
+            self.answer_json({"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": role}}})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization'] or user}/{asked['name']}"
+            if role != "write" or not repo.startswith(f"{user}/"):
+                self.answer_error(403, "", "You don't have the rights to create a model under this namespace")
+            elif repo in hub.uploads:
+                self.answer_error(409, "", "You already created this model repo")
+            else:
+                hub.uploads[repo] = {}
+                self.answer_json({"url": f"{hub.url}/{repo}", "name": repo, "id": repo})
+        elif path == "/api/validate-yaml":
+            header = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            given = {name: header.get(name) or [] for name in ("base_model", "datasets")}
+            ids = [(n, value) for n, values in given.items() for value in ([values] if type(values) is str else values)]
+            errors = [
+                f'"{name}" with value "{value}" is not valid' for name, value in ids if not HUB_ID.fullmatch(value)
+            ]
+            self.answer_json(
+                {"errors": [{"message": error} for error in errors], "warnings": []}, 400 if errors else 200
+            )
+        elif (write or batch)["repo"] not in hub.uploads:
+            self.answer_error(*NO_REPO)
+        elif batch:
+            objects = [
+                asked | {"actions": {"upload": {"href": f"{hub.url}/lfs/{asked['oid']}"}}}
+                for asked in json.loads(body)["objects"]
+            ]
+            self.answer_json({"transfer": "basic", "objects": objects})
+        elif write["call"] == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "lfs" if Path(file["path"]).suffix in LFS_SUFFIXES else "regular"}
+                for file in json.loads(body)["files"]
+            ]
+            self.answer_json({"files": [file | {"shouldIgnore": False} for file in files]})
+        else:
+            for line in body.splitlines():
+                kind, value = json.loads(line)["key"], json.loads(line)["value"]
+                if kind == "file":
+                    hub.uploads[write["repo"]][value["path"]] = base64.b64decode(value["content"])
+                elif kind == "lfsFile":
+                    hub.uploads[write["repo"]][value["path"]] = hub.objects[value["oid"]]
+            commit = hashlib.sha1(body).hexdigest()
+            self.answer_json({"commitUrl": f"{hub.url}/{write['repo']}/commit/{commit}", "commitOid": commit})
+        return True
 
     def answer_file(self, kind, repo, revision, path):
         """A file, or the range of it that is asked for."""
@@ -172,9 +259,9 @@ class Handler(BaseHTTPRequestHandler):
             file.seek(start)
             return self.answer(status, headers, file.read(stop - start))
 
-    def answer_json(self, value):
+    def answer_json(self, value, status=200):
         """A value of the API."""
-        self.answer(200, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode())
+        self.answer(status, {"Content-Type": "application/json; charset=utf-8"}, json.dumps(value).encode())
 
     def answer_error(self, status, code, message, commit=None):
         """An error, with the headers from which the clients choose their exception."""

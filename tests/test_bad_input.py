@@ -70,6 +70,7 @@ ARGUMENTS = {
     "an unknown precision": (["--precision", "int8"], "argument --precision: invalid choice: 'int8'"),
     "a flag without its value": (["--lr"], "argument --lr: expected one argument"),
     "too short a target": (["--max_target_len", "1"], "argument --max_target_len"),
+    "a tracker that is none": (["--report_to", "paper"], "argument --report_to: invalid choice: 'paper'"),
     "no samples": (["--max_train_samples", "0"], "argument --max_train_samples"),
 }
 

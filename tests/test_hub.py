@@ -61,7 +61,7 @@ def test_a_run_with_the_default_names_takes_everything_from_the_hub(filled_cache
     config = json.loads((save_dir / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == MODEL
     card = (save_dir / "README.md").read_text()
-    assert f"base_model: {MODEL}" in card and f"- {DATA}" in card
+    assert f"base_model: {MODEL}" in card and f"- base_model:adapter:{MODEL}" in card and f"- {DATA}" in card
 
 
 def closed_port():

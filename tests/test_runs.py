@@ -247,10 +247,12 @@ def test_the_model_card_loads_as_the_folder_does(runs, script, standin):
 
     _, folder = runs[script]
     card = ModelCard.load(folder / "README.md")
-    assert card.data.base_model == str(standin) and "question-answering" in card.data.tags
+    # The hub takes no path as a base model, and refuses the card with it; what names a hub id is tested in test_hub.py.
+    assert card.data.base_model is None and "question-answering" in card.data.tags
     assert card.data.library_name == ("transformers" if script == "tweet_qa_main.py" else "peft")
     if script == "tweet_qa_main_lora.py":
-        assert "lora" in card.data.tags and f"base_model:adapter:{standin}" in card.data.tags  # what peft wrote
+        assert "lora" in card.data.tags  # what peft wrote
+        assert not any(tag.startswith("base_model:") for tag in card.data.tags)
     final = json.loads((folder / "run.json").read_text())["final"]
     assert f"| f1 | {final['f1']:.4f} |" in card.text and "| `--lr` | 0.01 |" in card.text
     snippet = re.search(r"```python\n(.*?)```", card.text, flags=re.DOTALL)[1]
