@@ -513,7 +513,7 @@ def new_run(method, args, device, model):
         "method": method,
         "args": dict(vars(args)),
         "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "run_id": uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": False,
@@ -530,7 +530,7 @@ def new_run(method, args, device, model):
     }
 
 
-def _git_commit():
+def git_commit():
     """The commit of the code that runs, "-dirty" behind it if tracked files were changed since; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -12,6 +12,7 @@ or the demo's where those are missing; models are a stand-in with flan-t5-small'
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import re
@@ -28,6 +29,7 @@ from pathlib import Path
 
 # No contender's module and no `tweet_qa_main` here: the processes started from this one would inherit what they set.
 from helper_functions import load_tweet_qa
+from run_folder import git_commit
 
 HERE = Path(__file__).resolve().parent
 WORK, RESULTS = HERE / "work", HERE / "results"
@@ -277,52 +279,60 @@ class Pools:
         return self.pools[name].submit(in_contender, name, job, *args).result()
 
 
-def measure(case, methods, options):
-    """All figures of a case: {"padding": ..., method: ..., "validation": ...}, each by contender."""
+def measure(case, methods, options, found):
+    """Put the figures of a case, each by contender, into `found`, but for those that are there. Yields after each part.
+
+    found: {"padding": ..., method: ..., "validation": ...}.
+    """
     device, rounds = options.device, options.rounds
-    found = {"rows": {role: len(case[role]) for role in ("train", "validation")}, "validation": {}}
+    found["rows"] = {role: len(case[role]) for role in ("train", "validation")}
+    passes = found.setdefault("validation", {})
     with Pools() as pools:
         found["padding"] = {name: pools.ask(name, padding, case) for name in CONTENDERS}
         chosen = {name: pools.ask(name, typical_batches, case, case["batches"] + SKIPPED) for name in CONTENDERS}
         for beams in (1, 5):
+            if f"{beams}_beams" in passes:
+                continue
             say(f"{case['name']}: validation with {beams} beam{'s' * (beams > 1)}")
             results = in_turns(rounds, lambda name: pools.ask(name, validate, case, beams, device))  # noqa: B023
             answers = {name: runs[0]["predictions"] for name, runs in results.items()}
             if device == "cpu" and len({tuple(texts) for texts in answers.values()}) > 1:
                 raise SystemExit(f"the contenders' answers differ with {beams} beams: {answers}")
-            found["validation"][f"{beams}_beams"] = {
+            figures = {
                 name: {"seconds": median_of(runs, "seconds"), "seconds_of_each_round": [run["seconds"] for run in runs]}
                 for name, runs in results.items()
             }
             profile = pools.ask("this_project", where_validation_time_goes, case, beams, device)
-            seconds = found["validation"][f"{beams}_beams"]["this_project"]["seconds"]
-            reached = profile["flops"] / seconds / profile["matmul_flops_a_second"]
-            found["validation"][f"{beams}_beams"]["profile"] = profile | {"share_of_matmul_peak": reached}
+            reached = profile["flops"] / figures["this_project"]["seconds"] / profile["matmul_flops_a_second"]
+            passes[f"{beams}_beams"] = figures | {"profile": profile | {"share_of_matmul_peak": reached}}
             found["words_an_answer"] = statistics.mean(len(text.split()) for text in answers["this_project"])
+            yield
     for batches in chosen.values():  # the largest first, so that memory grows in a step that is not timed
         batches.reverse()
     for method, lora in methods.items():
+        if method in found:
+            continue
         say(f"{case['name']}, {method}: training")
         with Pools() as pools:
             results = in_turns(rounds, lambda name: pools.ask(name, train, case, chosen[name], lora, device))  # noqa: B023
             given = (case, chosen["this_project"], lora, device)
             profile = pools.ask("this_project", where_training_time_goes, *given)
-        found[method] = {}
+        figures = {}
         for name, runs in results.items():
             timed = chosen[name][SKIPPED:]
             tokens = sum(count for count, _ in token_counts(case, timed).values())
             seconds = median_of(runs, "seconds")
             assert {run["steps"] for run in runs} == {len(timed)}
-            found[method][name] = {
+            figures[name] = {
                 "examples_a_second": len(timed) * BATCH_SIZE / seconds,
                 "tokens_a_second": tokens / seconds,
                 "peak_memory_mb": median_of(runs, "peak_memory_mb"),
                 "seconds_of_each_round": [run["seconds"] for run in runs],
             }
-        steps_a_second = found[method]["this_project"]["examples_a_second"] / BATCH_SIZE
+        steps_a_second = figures["this_project"]["examples_a_second"] / BATCH_SIZE
         reached = profile["flops_a_step"] * steps_a_second / profile["matmul_flops_a_second"]
-        found[method]["profile"] = profile | {"share_of_matmul_peak": reached}
-    return found
+        found[method] = figures | {"profile": profile | {"share_of_matmul_peak": reached}}
+        yield
 
 
 def say(text):
@@ -374,7 +384,7 @@ def make_cases(options):
         "data": str(data),
         "train": rows["train"],
         "validation": rows["validation"][:96],
-        "batches": 16,
+        "batches": 12,
     }
     return [flan, demo]
 
@@ -398,7 +408,6 @@ def main(argv=None):
 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    cases = make_cases(options)
     found = {
         "device": device_name(options.device),
         "date": date.today().isoformat(),
@@ -406,25 +415,42 @@ def main(argv=None):
         "rounds": options.rounds,
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, accelerate)},
         "threads": torch.get_num_threads(),
-        "cases": {},
+        "commit": git_commit(),
     }
+    kept = options.out / "unfinished.json"  # what an interrupted run of this command had measured is not measured again
+    if kept.exists() and (before := json.loads(kept.read_text())).items() >= found.items():
+        found = before
+    found.setdefault("cases", {})
+
+    def keep():
+        options.out.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(found))
+
+    cases = make_cases(options)
     for case in cases:
-        demo = case["name"] == "demo model"
-        found["cases"][case["name"]] = measure(case, {"full": None, "LoRA": DEMO_LORA if demo else LORA}, options)
-        if "data" in case:
+        lora = DEMO_LORA if case["name"] == "demo model" else LORA
+        figures = found["cases"].setdefault(case["name"], {})
+        for _ in measure(case, {"full": None, "LoRA": lora}, options, figures):
+            keep()
+        if "data" in case and "start_up_seconds" not in found:
             say(f"{case['name']}: start-up")
             seconds = in_turns(3, lambda name: until_first_step(name, case))  # noqa: B023
             found["start_up_seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
+            keep()
     seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2, 3, 4], 3)
-    found["f1"] = {"epochs": epochs, "seeds": seeds}
+    f1 = found.setdefault("f1", {"epochs": epochs, "seeds": seeds})
     with Pools() as pools:
         for method, lora in {"full": None, "LoRA": DEMO_LORA}.items():
+            if method in f1:
+                continue
             say(f"demo model, {method}: F1")
             given = (cases[-1], lora, DEMO_LR[method])
-            found["f1"][method] = {
+            f1[method] = {
                 name: [pools.ask(name, quality, *given, seed, epochs, options.device) for seed in seeds]
                 for name in CONTENDERS
             }
+            keep()
+    kept.unlink()
     from benchmarks.report import write
 
     for path in write(found, options.out):

@@ -60,7 +60,8 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     """Train on the rows in the given order, as `tweet_qa_main.train` does."""
     set_seed(seed)
     accelerator = _accelerator()
-    loader = build_loader(TweetQADataset(rows, tokenizer), batch_size, _collate(tokenizer, device), order)
+    data = TweetQADataset([rows[position] for position in order], tokenizer)
+    loader = build_loader(data, batch_size, _collate(tokenizer, device), range(len(data)))
     use_fast_dropout(model)
     if device == "cpu":
         keep_memory()
