@@ -36,6 +36,10 @@ format: .venv/dev
 	.venv/bin/python -m pip install --quiet -r demo/requirements.txt
 	touch $@
 
-.venv/dev: .venv/demo requirements-dev.txt
+# transformers 4 goes into a folder of its own: the tests read checkpoints under it too.
+.venv/dev: .venv/demo requirements-dev.txt tests/requirements-transformers4.txt
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	rm -rf .venv/transformers4
+	.venv/bin/python -m pip install --quiet --no-compile --no-deps --target .venv/transformers4 \
+		-r tests/requirements-transformers4.txt
 	touch $@

@@ -378,7 +378,8 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
     if report["missing_keys"]:
         raise InputError(f"{flag} {model_name}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
     if tokenizer.decode(tokenizer("who won").input_ids, skip_special_tokens=True).strip() != "who won":
-        raise InputError(f"{flag} {model_name}: its tokenizer files are missing (tokenizer.json or spiece.model)")
+        files = "tokenizer_config.json, and tokenizer.json or spiece.model"
+        raise InputError(f"{flag} {model_name}: its tokenizer files are missing ({files})")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise InputError(f"{flag} {model_name}: its tokenizer has more pieces than the model has embeddings")
     # transformers 5 says "tied" of every T5. Saved like that, transformers 4 would tie the separate lm_head of a

@@ -235,14 +235,17 @@ def load_checkpoint(folder, model_name=None, cached=False):
             f"--save_dir {folder}: the adapter in this folder cannot be loaded (it has no {weights.name})"
         )
     run = read_run_json(folder) or {}
-    if run and not Path(folder, "tokenizer.json").is_file():  # an adapter of someone else's may come without one
-        raise input_error(f"--save_dir {folder}: its tokenizer files are missing (tokenizer.json)")
     try:
         config = PeftConfig.from_pretrained(folder)
         if config.peft_type != "LORA":
             raise input_error(f"--save_dir {folder} holds an adapter of type {config.peft_type.value}, not LORA")
         base_name = model_name or config.base_model_name_or_path
         base, tokenizer = load_model_and_tokenizer(base_name, cached)
+        # ByT5's tokenizer is not a fast one and has no tokenizer.json.
+        files = ["tokenizer_config.json", *(["tokenizer.json"] if tokenizer.is_fast else [])]
+        missing = [name for name in files if not Path(folder, name).is_file()]
+        if run and missing:  # an adapter of someone else's may come without them
+            raise input_error(f"--save_dir {folder}: its tokenizer files are missing ({', '.join(missing)})")
         if run.get("identity", {}).get("weights (--model_name)") not in (None, weights_sha256(base)):
             raise input_error(f"--save_dir {folder}: its adapter was trained on another base than {base_name}")
         model = PeftModel.from_pretrained(base, folder)

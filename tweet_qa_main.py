@@ -173,8 +173,18 @@ def build_parser(description, lr, save_dir):
     )
     add("--eval_beams", type=at_least(1), default=1, help="beams after each epoch; 1 is greedy")
     add("--final_beams", type=at_least(1), default=5, help="beams of the final evaluation")
-    add("--max_input_len", type=at_least(8), default=256, help="most tokens of a prompt; TweetQA's longest has 141")
-    add("--max_target_len", type=at_least(2), default=32, help="most tokens of an answer, trained and generated")
+    add(
+        "--max_input_len",
+        type=at_least(8),
+        default=256,
+        help="most tokens of a prompt; TweetQA's longest has 141, or 449 of ByT5's bytes",
+    )
+    add(
+        "--max_target_len",
+        type=at_least(2),
+        default=32,
+        help="most tokens of an answer, trained and generated; TweetQA's longest has 33, or 69 of ByT5's bytes",
+    )
     add(
         "--sem_model",
         type=path_or_id,

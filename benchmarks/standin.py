@@ -25,19 +25,27 @@ FLAN_T5_SMALL = {
 def write_standin(folder, files, seed=0, **shape):
     """Write a T5 with random weights that is built like flan-t5-small's real checkpoint. Returns the folder.
 
-    The real one keeps a separate lm_head.weight beside shared.weight. T5ForConditionalGeneration(config) cannot make
-    that in transformers 5, it ties the two, so the file is written tensor by tensor.
-
     files: a folder with the config.json and the tokenizer to take; shape: what to change in that config.
     """
     folder.mkdir(parents=True)
     for path in files.iterdir():
         shutil.copyfile(path, folder / path.name)
-    config = json.loads((files / "config.json").read_text()) | shape
+    write_model(folder, json.loads((files / "config.json").read_text()) | shape, seed)
+    return folder
+
+
+def write_model(folder, config, seed=0):
+    """Write a T5 with random weights and this config.json, the dict `config`, into the folder.
+
+    T5ForConditionalGeneration(config) always ties lm_head to shared in transformers 5. Real checkpoints that say
+    tie_word_embeddings false keep a separate lm_head.weight, so the file is written tensor by tensor; those that are
+    tied hold no lm_head.weight at all.
+    """
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
     weights = T5ForConditionalGeneration(T5Config(**config)).state_dict()
-    weights = {name: tensor.clone() for name, tensor in weights.items() if not name.endswith("embed_tokens.weight")}
-    weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"]) * config["d_model"] ** -0.5
+    again = ("embed_tokens.weight", "lm_head.weight")  # shared.weight under other names
+    weights = {name: tensor.clone() for name, tensor in weights.items() if not name.endswith(again)}
+    if not config.get("tie_word_embeddings", True):
+        weights["lm_head.weight"] = torch.randn_like(weights["shared.weight"]) * config["d_model"] ** -0.5
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
