@@ -31,7 +31,8 @@ MB = 2**20  # bytes, as in the run folder's own figures
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
 EXAMPLE = ["qid", "question", "tweet", "references"]  # what an example is, whatever a model makes of it
 # Arguments that set no two methods apart; those that choose the training rows; those that the scores depend on.
-NOT_THE_METHOD = {"seed", *HARMLESS_ARGUMENTS} - {"model_name", "dataset"}
+# Gradient checkpointing changes no result, but what it costs.
+NOT_THE_METHOD = {"seed", *HARMLESS_ARGUMENTS} - {"model_name", "dataset", "gradient_checkpointing"}
 TRAINING_ROWS = ["max_train_samples", "holdout", "drop_leaked"]
 SCORING = ["sem_model", "final_beams", "max_input_len", "max_target_len"]
 # The figures of the table: title and format.

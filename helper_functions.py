@@ -29,6 +29,7 @@ import string
 import sys
 import threading
 import warnings
+import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -36,7 +37,10 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -427,6 +431,23 @@ def use_fast_dropout(model):
                 setattr(module, name, FastDropout(part.p).train(part.training))
 
 
+def use_gradient_checkpointing(model, **options):
+    """Let the model keep only the input of each of its layers for the backward pass, and compute the rest once more.
+
+    The same gradients, bit for bit on the CPU: the second time a layer draws the random numbers of the first. Nothing
+    changes in eval mode. options: for torch.utils.checkpoint.checkpoint.
+    """
+    # Not reentrant: that would need inputs that require a gradient, and those of a LoRA model's first layer do not.
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
+
+
+def hold_in_bf16(model):
+    """Hold the weights of a model that is not to be trained itself, such as the base of an adapter, in bfloat16: half
+    the memory. Its logits are float32 all the same, so that a loss keeps its digits."""
+    model.to(torch.bfloat16)
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, logits: logits.float())
+
+
 def load_sem_model(name, device):
     """The sentence-transformers model `name` (hub id or folder) on `device`, or None for "none".
 
@@ -555,6 +576,109 @@ def build_collate_fn(tokenizer, pad_to_multiple_of=None):
     longest target; padded with -100, which the loss leaves out) and `index` (batch).
     """
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=LABEL_PAD, pad_to_multiple_of=pad_to_multiple_of)
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within this context, count the bytes of what operations make and what is still in use of it.
+
+    weights: tensors that were there before, and whose gradients are told apart. `peak` is the most bytes at one moment,
+    `peak_gradients` what of them were gradients of the weights.
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights, self.now, self.peak, self.peak_gradients = weights, 0, 0, 0
+        self.known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:  # a view shares that of another tensor
+                self.known.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return made
+
+    def _add(self, count):
+        self.now += count
+        if self.now > self.peak:
+            gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+            self.peak, self.peak_gradients = self.now, sum(gradient.nbytes for gradient in gradients)
+
+
+def largest_batch(model, sampler):
+    """The positions of the examples of that batch of an epoch with which a training step takes most memory.
+
+    model: a T5 model or a PeftModel. sampler: the run's LengthGroupedSampler.
+    """
+    data = sampler.data
+    # What is kept of a token: the numbers that each matrix of its side makes of it.
+    encoder = {module for module in model.get_encoder().modules() if isinstance(module, torch.nn.Linear)}
+    decoder = {module for module in model.modules() if isinstance(module, torch.nn.Linear)} - encoder
+    kept = [sum(matrix.out_features for matrix in side) for side in (encoder, decoder)]
+
+    def size(batch):
+        lengths = [max(len(ids[index]) for index in batch) for ids in (data.input_ids, data.labels)]
+        return len(batch) * (lengths[0] * kept[0] + lengths[1] * kept[1])
+
+    return max(chunks(list(sampler), sampler.batch_size), key=size)
+
+
+def training_memory(model, batch, device, autocast=nullcontext, accumulate=False):
+    """The bytes that training takes at its peak: {"weights", "gradients", "optimizer", "activations"}.
+
+    model: as it will be trained, with adapter, dropout and gradient checkpointing, on the CPU. batch: its largest one,
+    as the collate function makes it. device: the one to train on. autocast: the context manager of mixed precision.
+    accumulate: whether a step has several batches, so that gradients are held in its forward passes.
+
+    The steps are made with a copy of the model whose tensors have shape, type and device but no memory, and what lives
+    at each moment is counted: no formula has to know what the model keeps. It takes a second or two, whatever the
+    size, and draws no random number. Not counted is what belongs to the process, see `memory_of`.
+    """
+
+    def without_memory(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+
+    with FakeTensorMode():
+        twins = {id(buffer): without_memory(buffer) for buffer in model.buffers()}
+        for weight in model.parameters():
+            twins[id(weight)] = torch.nn.Parameter(without_memory(weight), weight.requires_grad)
+        twin = copy.deepcopy(model, twins).train()  # takes them for copies that it has made already
+        if any(getattr(module, "gradient_checkpointing", False) for module in twin.modules()):
+            use_gradient_checkpointing(twin, preserve_rng_state=False)  # there is none to preserve
+        given = {name: without_memory(batch[name]) for name in ("input_ids", "attention_mask", "labels")}
+        weights = list(twin.parameters())
+        with LiveBytes(weights + list(twin.buffers())) as live:
+            for _ in range(2 if accumulate else 1):
+                with autocast():
+                    loss = twin(**given, use_cache=False).loss
+                loss.backward()
+                del loss
+    trained = sum(weight.nbytes for weight in weights if weight.requires_grad)
+    return {
+        "weights": sum(weight.nbytes for weight in weights),
+        "gradients": live.peak_gradients,
+        "optimizer": 2 * trained,  # AdamW's two moments, which are there from the second step on
+        "activations": live.peak - live.peak_gradients,
+    }
+
+
+def memory_of(device):
+    """(bytes that this process holds on the device, bytes that it can hold there at most, with what is free now).
+
+    On CUDA that is what torch holds, which `peak VRAM` counts too; elsewhere the resident memory of the process.
+    """
+    if device.type == "cuda":
+        reserved, free = torch.cuda.memory_reserved(device), torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.memory_allocated(device), reserved + free
+    import psutil
+
+    held = psutil.Process().memory_info().rss
+    return held, held + psutil.virtual_memory().available
 
 
 # --------------------------------------------------------------------------------------------------------- score

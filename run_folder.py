@@ -46,11 +46,11 @@ RUN_FILES = (
 )
 # What a run that was killed can leave beside its place.
 UNRENAMED = {".tmp-last", ".tmp-checkpoint", *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
-# What may differ when a run is resumed: where it writes and is reported, how it starts, and how often it saves.
-# --model_name and --dataset are compared by what they hold, see `identity`; all other arguments change the result.
+# What may differ when a run is resumed: where it writes and is reported, how it starts, what it saves when and holds in
+# memory. --model_name and --dataset are compared by what they hold, see `identity`; all others change the result.
 HARMLESS_ARGUMENTS = (
     *("save_dir", "resume", "overwrite", "seeds", "eval_only", "save_every", "eval_batch_size", "auto_batch_size"),
-    *("report_to", "push_to_hub", "model_name", "dataset"),
+    *("gradient_checkpointing", "report_to", "push_to_hub", "model_name", "dataset"),
 )
 TRACKER_FOLDERS = ("tensorboard", "wandb")  # below the run folder; trackio has a place of its own for all runs
 PLOTS = ("loss_curve", "val_f1_curve", "val_sem_sim_curve", "breakdown")
@@ -220,10 +220,11 @@ def let_transformers_4_read(tokenizer_config):
 def load_checkpoint(folder, model_name=None, cached=False):
     """(model, tokenizer) of a run folder: the whole model, or the adapter on its base.
 
-    model_name: the base model of an adapter, a hub id or a folder; None for the one that the adapter names.
+    model_name: the base model of an adapter, a hub id or a folder; None for the one that the adapter names. It is held
+    in the type that run.json says it was trained on (--base_dtype).
     cached: whether this run has loaded that base before. Raises InputError for what cannot be loaded.
     """
-    from helper_functions import InputError, load_model_and_tokenizer, one_line
+    from helper_functions import InputError, hold_in_bf16, load_model_and_tokenizer, one_line
 
     if not Path(folder, "adapter_config.json").exists():
         return load_model_and_tokenizer(str(folder), flag="--save_dir")
@@ -248,6 +249,8 @@ def load_checkpoint(folder, model_name=None, cached=False):
             raise input_error(f"--save_dir {folder}: its tokenizer files are missing ({', '.join(missing)})")
         if run.get("identity", {}).get("weights (--model_name)") not in (None, weights_sha256(base)):
             raise input_error(f"--save_dir {folder}: its adapter was trained on another base than {base_name}")
+        if run.get("args", {}).get("base_dtype") == "bf16":
+            hold_in_bf16(base)
         model = PeftModel.from_pretrained(base, folder)
         with safe_open(weights, "pt") as file:
             # Of a foreign adapter peft leaves out what it does not know, and keeps fresh weights for what is missing.
@@ -527,6 +530,7 @@ def new_run(method, args, device, model):
         "best_epoch": None,
         "final": None,
         "wall_time_seconds": None,
+        "estimated_peak_mb": None,
         "peak_ram_mb": None,
         "peak_vram_mb": None,
         "checkpoint_bytes": None,
@@ -913,12 +917,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 model = AutoModelForSeq2SeqLM.from_pretrained({name!r})"""
+    dtype = ', dtype="bfloat16"' if run["args"].get("base_dtype") == "bf16" else ""
     return f"""\
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name!r})
-base = AutoModelForSeq2SeqLM.from_pretrained({run["args"]["model_name"]!r})
+base = AutoModelForSeq2SeqLM.from_pretrained({run["args"]["model_name"]!r}{dtype})
 model = PeftModel.from_pretrained(base, {name!r})"""
 
 

@@ -57,15 +57,19 @@ from helper_functions import (
     count_repeats,
     evaluate,
     hold_out,
+    largest_batch,
     leaderboard_scores,
     load_model_and_tokenizer,
     load_sem_model,
     load_tweet_qa,
+    memory_of,
     one_line,
     predict,
     quiet_libraries,
+    training_memory,
     tweet_key,
     use_fast_dropout,
+    use_gradient_checkpointing,
 )
 
 DEFAULT_MODEL = "google/flan-t5-small"
@@ -162,6 +166,7 @@ def build_parser(description, lr, save_dir):
     add("--batch_size", type=at_least(1), default=8, help="training examples per forward pass")
     add("--grad_accum_steps", type=at_least(1), default=1, help="batches per optimizer step")
     add("--auto_batch_size", action="store_true", help="where memory runs out, halve the batch and double its number")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time: activations are computed twice")
     add("--lr", type=positive_float, default=lr, help="peak learning rate; 6%% linear warm-up, then linearly to 0")
     add("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto", help="auto: bf16 on GPUs made for it")
     add("--seed", type=at_least(0), default=42, help="of data order, dropout and adapter")
@@ -297,6 +302,44 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap cut while less than 2 GB at its end are free
 
 
+def estimate_memory(args, model, data, collate, batch_size, accelerator):
+    """Say what memory training will take at its peak, and what to lower if there is not as much.
+
+    model: as it will be trained, still on the CPU. Returns MB, to be held against the peak that is measured, or None
+    where it cannot be estimated.
+    """
+    device = accelerator.device
+    batch = collate([data[index] for index in largest_batch(model, LengthGroupedSampler(data, batch_size, args.seed))])
+    accumulate = accelerator.gradient_accumulation_steps > 1
+    try:
+        parts = training_memory(model, batch, device, accelerator.autocast, accumulate)
+    except Exception as error:  # no run ends for want of an estimate: a model may do what torch cannot without memory
+        accelerator.print(f"note: memory is not estimated ({type(error).__name__}: {one_line(error)})")
+        return None
+    held, there_is = memory_of(device)
+    # On the CPU what the process holds has the weights in it.
+    parts["the process itself"] = held if device.type == "cuda" else max(0, held - parts["weights"])
+    for line in memory_lines(parts, there_is, args.gradient_checkpointing):
+        accelerator.print(line)
+    return round(sum(parts.values()) / 2**20, 1)
+
+
+def memory_lines(parts, there_is, checkpointing):
+    """What to say of memory: a line with the sum of `parts` ({name: bytes}), and one more if it exceeds `there_is`.
+
+    checkpointing: whether --gradient_checkpointing is given already.
+    """
+    peak = sum(parts.values())
+    shares = ", ".join(f"{name} {part / 2**20:,.0f}" for name, part in parts.items())
+    yield f"memory: about {peak / 2**20:,.0f} MB at the peak ({shares}) of {there_is / 2**20:,.0f} MB"
+    if peak > there_is:
+        add = "" if checkpointing else " add --gradient_checkpointing,"
+        yield (
+            f"warning: training may run out of memory: lower --batch_size and raise --grad_accum_steps as much,{add} or"
+            " lower --max_input_len"
+        )
+
+
 def build_optimizer(model, lr, total_steps):
     """(AdamW over the trainable weights, linear schedule with warm-up to be stepped after each optimizer step)."""
     weights = [p for p in model.parameters() if p.requires_grad]
@@ -337,7 +380,10 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=Non
             with accelerator.no_sync(model) if position < len(group) else nullcontext():
                 with accelerator.autocast():  # a sharded model does not do it by itself
                     mean_loss = model(
-                        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
+                        input_ids=batch["input_ids"],
+                        attention_mask=batch["attention_mask"],
+                        labels=batch["labels"],
+                        use_cache=False,  # a copy of keys and values that only a search has use for
                     ).loss
                 loss = mean_loss * tokens / step_tokens
                 # backward() divides by the accumulation steps and averages over processes; this loss needs neither.
@@ -523,6 +569,8 @@ def run(args, wrap=None):
     if args.eval_only:
         run_folder.check_holds_checkpoint(folder)
         record = run_folder.read_run_json(folder)
+        if record and "base_dtype" in record["args"]:
+            args.base_dtype = record["args"]["base_dtype"]  # which the checkpoint is loaded with
     elif args.resume:
         former = run_folder.check_can_go_on(folder, method, vars(args))
         if run_folder.is_finished(former):
@@ -736,8 +784,12 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     batches = math.ceil(math.ceil(len(data) / state.batch_size) / accelerator.num_processes)
     steps_per_epoch = math.ceil(batches / accelerator.gradient_accumulation_steps)
     use_fast_dropout(model)
+    if args.gradient_checkpointing:
+        use_gradient_checkpointing(model)
     if device.type == "cpu":
         keep_memory()
+    if accelerator.is_main_process and not accelerator.is_fsdp2:  # the estimate knows nothing of shards
+        record["estimated_peak_mb"] = estimate_memory(args, model, data, collate, state.batch_size, accelerator)
     hollow = None
     if accelerator.is_fsdp2:
         # What is evaluated and saved: an ordinary model, whose passes no process has to make together with the others.

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from helper_functions import InputError
+from helper_functions import InputError, hold_in_bf16
 from tweet_qa_main import at_least, build_parser, run_from_command_line
 
 
@@ -30,6 +30,7 @@ def add_lora(model, args):
     """Freeze the model and wrap it with a LoRA adapter (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
 
     Next to each target matrix W it trains B A of rank --lora_r, and computes W x + (lora_alpha / lora_r) B A x.
+    --base_dtype is the type in which W is held; A and B are float32.
     Raises InputError if the model has no matrix of a name in --target_modules.
     """
     from peft import LoraConfig, TaskType, get_peft_model
@@ -40,6 +41,8 @@ def add_lora(model, args):
     unknown = [name for name in args.target_modules if name not in matrices]
     if unknown:
         raise InputError(f"--target_modules {' '.join(unknown)}: this model has {', '.join(sorted(matrices))}")
+    if getattr(args, "base_dtype", "fp32") == "bf16":
+        hold_in_bf16(model)  # peft makes the adapter float32 on any base
     config = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM,
         r=args.lora_r,
@@ -57,6 +60,7 @@ def main(argv=None):
     lora.add_argument("--lora_alpha", type=at_least(1), default=32, help="the adapter is scaled by lora_alpha / lora_r")
     lora.add_argument("--lora_dropout", type=dropout_rate, default=0.05, help="dropout on the adapter's input")
     lora.add_argument("--target_modules", nargs="+", default=["q", "v"], help="names of the matrices to adapt")
+    lora.add_argument("--base_dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 halves the frozen weights")
     return run_from_command_line(parser, argv, wrap=add_lora)
 
 

@@ -37,10 +37,8 @@ METHOD = {
 EPOCHS, STEPS = 3, 6  # of each run here, and optimizer steps of an epoch
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, tweet_qa, standin):
-    """A folder with data/ (44 training rows, all with the same answer) and model/, a tiny T5 with dropout."""
-    folder = tmp_path_factory.mktemp("resume")
+def make_place(folder, tweet_qa, standin):
+    """Put data/ (44 training rows, all with the same answer) and model/, a tiny T5 with dropout, into the folder."""
     rows = [row | {"Answer": ["the rockets won"]} for row in json.loads((tweet_qa / "train.json").read_text())[:56]]
     (folder / "data").mkdir()
     unlabeled = [{name: row[name] for name in ("Question", "Tweet", "qid")} for row in rows[52:]]
@@ -48,6 +46,11 @@ def place(tmp_path_factory, tweet_qa, standin):
         (folder / "data" / f"{split}.json").write_text(json.dumps(part))
     shutil.copytree(standin, folder / "model")
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tweet_qa, standin):
+    return make_place(tmp_path_factory.mktemp("resume"), tweet_qa, standin)
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +146,18 @@ def test_a_run_stopped_five_times_ends_like_one_that_was_not(place, whole, tmp_p
     assert any(torch.equal(weight, load_file(folder / WEIGHTS[script])[name.replace(".default", "")])
                for name, weight in trained.items())  # fmt: skip
     assert all("lora_" in name for name in trained) == (script == "tweet_qa_main_lora.py")
+
+
+def test_a_run_may_go_on_with_gradient_checkpointing(place, whole, tmp_path, monkeypatch):
+    """Where memory ran out, it need not begin again: weights, config and figures at the end are the same."""
+    script, folder = "tweet_qa_main.py", tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_when(patch, tweet_qa_main, "_all_told_to_stop", 4)
+        assert MAIN[script](arguments(place, script, folder)) == 143
+    assert MAIN[script](arguments(place, script, folder, "--resume", "--gradient_checkpointing")) == 0
+    assert_same_end(script, folder, whole[script])
+    assert (folder / "config.json").read_bytes() == (whole[script] / "config.json").read_bytes()
+    assert json.loads((folder / "run.json").read_text())["args"]["gradient_checkpointing"]
 
 
 def test_an_interrupted_save_leaves_a_whole_last_folder(tmp_path, monkeypatch):

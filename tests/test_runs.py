@@ -63,6 +63,8 @@ def test_the_console_shows_what_is_promised_and_nothing_else(runs, script):
         r"check: \d+ training rows repeat \| the tweets of 6 validation and 1 test rows also stand in train"
         r" \| \d+ tweets hold what the tokenizer cannot read \(<unk>\)",
         r"model: .+ parameters trained \(.+%\) \| cpu, fp32",
+        r"memory: about [\d,]+ MB at the peak \(weights 1[67], gradients \d+, optimizer \d+, activations \d+,"
+        r" the process itself [\d,]+\) of [\d,]+ MB",
         r"steps: 3 an epoch \| effective batch 16",
     ]
     scores = rf"val_loss={number} F1={number} avg_sem_sim={number}"
@@ -113,6 +115,7 @@ def test_run_json_tells_the_whole_run(runs, script, standin, tweet_qa):
     assert set(run["holdout"]["metrics"]) == set(run["final"]) and len(run["holdout"]["rows"]) == 20
     assert run["checkpoint_bytes"] == (folder / WEIGHTS[script]).stat().st_size
     assert run["wall_time_seconds"] > metrics["epoch_seconds"].sum() and run["peak_ram_mb"] > 100
+    assert f"memory: about {run['estimated_peak_mb']:,.0f} MB at the peak" in done.stdout
     shown = f"val_loss={run['final']['val_loss']:.4f} F1={run['final']['f1']:.4f}"
     assert final_line(done).startswith(f"[final] {shown}")
     weights = load_file(standin / "model.safetensors")
