@@ -48,9 +48,6 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
 )
-from transformers.activations import NewGELUActivation
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 COLUMNS = ("Question", "Tweet", "Answer", "qid")
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
@@ -398,6 +395,9 @@ def use_torch_kernels(model):
 
     The same numbers up to the last digits, in a tenth less time. Weights, their names and the config stay as they are.
     """
+    from transformers.activations import NewGELUActivation
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
     for module in list(model.modules()):
         for name, part in module.named_children():
             if isinstance(part, T5LayerNorm):
@@ -907,6 +907,13 @@ class SearchCache(EncoderDecoderCache):
         self.self_attention_cache.reorder_cache(beam_idx)
 
 
+def encoder_output(encoded):
+    """What T5 takes as encoder_outputs: `encoded`, (batch, input length, width), in an object of its own."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    return BaseModelOutput(last_hidden_state=encoded)
+
+
 def decode_batch(model, tokenizer, encoded, mask, beams, max_target_len, cross=None):
     """Beam search over a batch.
 
@@ -923,7 +930,7 @@ def decode_batch(model, tokenizer, encoded, mask, beams, max_target_len, cross=N
         cross.batch_repeat_interleave(beams)
     token_ids = model.generate(
         # generate repeats the tensors in its encoder_outputs for each beam, in place: so it gets an object of its own.
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+        encoder_outputs=encoder_output(encoded),
         attention_mask=mask,
         past_key_values=SearchCache(DynamicCache(), cross),
         num_beams=beams,
@@ -944,7 +951,7 @@ def token_log_probs(model, encoded, mask, labels, cross):
     an empty DynamicCache, and which each later pass and search need not compute again.
     """
     logits = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+        encoder_outputs=encoder_output(encoded),
         attention_mask=mask,
         labels=labels,
         past_key_values=EncoderDecoderCache(DynamicCache(), cross),

@@ -359,7 +359,8 @@ def load_last(folder, accelerator, model, optimizer=None):
     try:
         with safe_open(last / "model.safetensors", "pt") as file:
             saved = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        if saved != {name: list(weight.shape) for name, weight in _trained(model).items()}:
+        trained = _trained(accelerator.unwrap_model(model))
+        if saved != {name: list(weight.shape) for name, weight in trained.items()}:
             raise ValueError("its weights are not those that this model trains")
         accelerator.step = None
         if accelerator.is_fsdp2:

@@ -153,7 +153,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, arguments, home):
         changes = environ(hub, home) | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         started = time.perf_counter()
         done = run_script("tweet_qa_main.py", *arguments, "--push_to_hub", "me/qa", environ=changes)
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 40  # 8 of them for the hub
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     assert done.stderr == "error: --push_to_hub me/qa: the hub cannot be reached (TimeoutError)\n"
 
