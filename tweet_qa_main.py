@@ -314,13 +314,13 @@ def estimate_memory(args, model, data, collate, batch_size, accelerator):
     try:
         parts = training_memory(model, batch, device, accelerator.autocast, accumulate)
     except Exception as error:  # no run ends for want of an estimate: a model may do what torch cannot without memory
-        accelerator.print(f"note: memory is not estimated ({type(error).__name__}: {one_line(error)})")
+        voice(accelerator)(f"note: memory is not estimated ({type(error).__name__}: {one_line(error)})")
         return None
     held, there_is = memory_of(device)
     # On the CPU what the process holds has the weights in it.
     parts["the process itself"] = held if device.type == "cuda" else max(0, held - parts["weights"])
     for line in memory_lines(parts, there_is, args.gradient_checkpointing):
-        accelerator.print(line)
+        voice(accelerator)(line)
     return round(sum(parts.values()) / 2**20, 1)
 
 
@@ -406,7 +406,7 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=Non
         due = save_every > 0 and step % save_every == 0
         note = due or step % MAX_SKIPPED == 0 or len(state.epoch_tokens) + len(measured) == steps
         # Of several processes all have to leave at the same step, and to ask the others is to wait for them.
-        stop = _told_to_stop(accelerator) if note or accelerator.num_processes == 1 else False
+        stop = _all_told_to_stop(accelerator) if note or accelerator.num_processes == 1 else False
         if note or stop:
             _note_steps(state, measured, accelerator)
             state.epoch_seconds += time.perf_counter() - noted
@@ -444,7 +444,7 @@ def _note_steps(state, measured, accelerator):
             )
 
 
-def _told_to_stop(accelerator):
+def _all_told_to_stop(accelerator):
     """Whether a signal has come in, to this process or to another."""
     if accelerator.num_processes == 1:
         return bool(STOP.signal)
@@ -605,7 +605,7 @@ def run(args, wrap=None):
         # accelerate takes the plugin on GPUs only. On CPUs FSDP2 works as well, and can be tried and tested there.
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-    device, say = accelerator.device, accelerator.print
+    device, say = accelerator.device, voice(accelerator)
     args.eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device.type, EVAL_BATCH_SIZE["cpu"])
 
     rows, held, note = select_rows(args)
@@ -758,7 +758,7 @@ def train_what_fits(args, wrap, models, tokenizer, loaders, sem_model, accelerat
         nonlocal state, schedule_state
         accelerator.gradient_accumulation_steps = effective_batch // batch_size
         if not models:  # memory ran out before: everything starts anew, as if this had been the batch size given
-            accelerator.print(
+            voice(accelerator)(
                 f"out of memory with a batch of {state.batch_size}: starting again with batches of {batch_size},"
                 f" {effective_batch // batch_size} a step"
             )
@@ -779,7 +779,7 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     state: where to begin. schedule_state: None for a new run, or the state of the schedule in last/, from which the
     rest is read too.
     """
-    device, say, folder = accelerator.device, accelerator.print, Path(args.save_dir)
+    device, say, folder = accelerator.device, voice(accelerator), Path(args.save_dir)
     data, collate = loaders["train"].dataset, loaders["train"].collate_fn
     batches = math.ceil(math.ceil(len(data) / state.batch_size) / accelerator.num_processes)
     steps_per_epoch = math.ceil(batches / accelerator.gradient_accumulation_steps)
@@ -903,6 +903,11 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
     note_progress(record, state)
 
 
+def voice(accelerator):
+    """What to print with: the first process speaks for all. accelerate's own print speaks once on each machine."""
+    return print if accelerator.is_main_process else lambda *texts: None
+
+
 def is_first_process():
     """Whether this is the process that speaks; to be asked where there may be no Accelerator."""
     return os.environ.get("RANK", "0") == "0"
@@ -925,7 +930,7 @@ def final_pass(args, model, tokenizer, loaders, held, sem_model, accelerator, re
     A test split with answers is scored too. Writes the prediction files, the breakdown and the leaderboard's file, and
     puts the metrics into `record` as "final", "holdout" and "test".
     """
-    folder, say = Path(args.save_dir), accelerator.print
+    folder, say = Path(args.save_dir), voice(accelerator)
     options = {"beams": args.final_beams, "max_target_len": args.max_target_len, "accelerator": accelerator}
     results = {}  # {role: (metrics, frame)} of the labeled splits
     for role in ("validation", "holdout", "test"):

@@ -254,7 +254,7 @@ def test_checkpointing_and_a_frozen_base_need_less(standin, tokenizer, rows):
     full, lora = parts("full"), parts("lora")
     assert parts("full", True)["activations"] < 0.7 * full["activations"]
     assert parts("lora", True)["activations"] < 0.7 * lora["activations"]
-    assert lora["gradients"] < 0.1 * full["gradients"] and lora["optimizer"] < 0.1 * full["optimizer"]
+    assert lora["optimizer"] < 0.1 * full["optimizer"]
     assert parts("lora", False, "bf16")["weights"] < 0.55 * lora["weights"]
 
 

@@ -46,6 +46,7 @@ def lines_of(capfd):
         "data: ",
         "check: ",
         "model: ",
+        "memory: ",
         "steps: ",
         "report: ",
         "[epoch ",
