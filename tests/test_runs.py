@@ -64,7 +64,7 @@ def test_the_console_shows_what_is_promised_and_nothing_else(runs, script):
         r" \| \d+ tweets hold what the tokenizer cannot read \(<unk>\)",
         r"model: .+ parameters trained \(.+%\) \| cpu, fp32",
         r"memory: about [\d,]+ MB at the peak \(weights 1[67], gradients \d+, optimizer \d+, activations \d+,"
-        r" the process itself [\d,]+\) of [\d,]+ MB",
+        r" gaps between them \d+, the process itself [\d,]+\) of [\d,]+ MB",
         r"steps: 3 an epoch \| effective batch 16",
     ]
     scores = rf"val_loss={number} F1={number} avg_sem_sim={number}"
