@@ -411,7 +411,7 @@ def train_epoch(model, loader, optimizer, schedule, accelerator, state, save=Non
         due = save_every > 0 and step % save_every == 0
         note = due or step % MAX_SKIPPED == 0 or len(state.epoch_tokens) + len(measured) == steps
         # Of several processes all have to leave at the same step, and to ask the others is to wait for them.
-        stop = _all_told_to_stop(accelerator) if note or accelerator.num_processes == 1 else False
+        stop = (note or accelerator.num_processes == 1) and _all_told_to_stop(accelerator)
         if note or stop:
             _note_steps(state, measured, accelerator)
             state.epoch_seconds += time.perf_counter() - noted

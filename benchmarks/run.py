@@ -32,7 +32,7 @@ from helper_functions import load_tweet_qa
 from run_folder import git_commit
 
 HERE = Path(__file__).resolve().parent
-WORK, RESULTS = HERE / "work", HERE / "results"
+MODELS, RESULTS = HERE / "models", HERE / "results"
 DEMO, SHARED = HERE.parent / "demo", HERE.parent.parent / "shared"
 CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_trainer": "HF trainer"}
 BATCH_SIZE = 8
@@ -365,18 +365,18 @@ def make_cases(options):
     real = (SHARED / "tweet_qa").is_dir() and (SHARED / "flan_t5_small").is_dir()
     data = SHARED / "tweet_qa" if real else DEMO / "tweets"
     rows = load_tweet_qa(str(data))
-    folder = WORK / ("flan_t5_small_shape" if real else "flan_t5_small_shape_demo")
+    folder = MODELS / ("flan_t5_small_shape" if real else "flan_t5_small_shape_demo")
     if not folder.exists():
         from benchmarks.standin import FLAN_T5_SMALL, write_standin
 
         say("the flan-t5-small stand-in learns to answer")
-        shutil.rmtree(WORK / "untrained", ignore_errors=True)
+        shutil.rmtree(MODELS / "untrained", ignore_errors=True)
         files = SHARED / "flan_t5_small" if real else DEMO / "tiny-t5"
-        untrained = write_standin(WORK / "untrained", files, **FLAN_T5_SMALL)
+        untrained = write_standin(MODELS / "untrained", files, **FLAN_T5_SMALL)
         with Pools() as pools:
-            given = (str(untrained), rows["train"][:64], 38, str(WORK / "learned"), options.device)
+            given = (str(untrained), rows["train"][:64], 38, str(MODELS / "learned"), options.device)
             pools.ask("this_project", learn_to_answer, *given)
-        (WORK / "learned").rename(folder)
+        (MODELS / "learned").rename(folder)
         shutil.rmtree(untrained)
     flan = {
         "name": "flan-t5-small's shape",
