@@ -326,7 +326,7 @@ def estimate_memory(args, model, data, collate, batch_size, accelerator):
     parts["the process itself"] = max(0, held - parts["weights"]) if device.type == "cpu" else held
     for line in memory_lines(parts, there_is, args.gradient_checkpointing):
         voice(accelerator)(line)
-    return round(sum(parts.values()) / 2**20, 1)
+    return round(sum(parts.values()) / 2**20)  # as it is printed
 
 
 def memory_lines(parts, there_is, checkpointing):
