@@ -25,7 +25,7 @@ test: .venv/dev
 	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=5
 
 test-slow: .venv/dev
-	.venv/bin/python -m pytest -m slow --durations=5
+	.venv/bin/python -m pytest -m slow -n 2 --dist loadfile --durations=5
 
 format: .venv/dev
 	.venv/bin/ruff check --fix .

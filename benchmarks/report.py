@@ -36,23 +36,29 @@ def table(found):
         ratios = [f"{(ours / other) ** ratio:.2f}" if ratio else "" for other in others]
         lines.append(f"| {title} | " + " | ".join([f"{values[n]:,.{digits}f}" for n in CONTENDERS] + ratios) + " |")
 
+    def share(title, figures):
+        """Of the operations a second of large matrix multiplications; measured of this project alone."""
+        lines.append(f"| {title} | {100 * figures['profile']['share_of_matmul_peak']:.0f} | | | | |")
+
     def pick(figures, key):
         return {name: figures[name][key] for name in CONTENDERS}
 
     for case, figures in found["cases"].items():
         lines.append(f"| **{case}** | | | | | |")
+        passes = figures["validation"]
         for method in ("full", "LoRA"):
             row(f"{method}: training, examples/s", pick(figures[method], "examples_a_second"), 1, 1)
             row(f"{method}: training, tokens/s without padding", pick(figures[method], "tokens_a_second"), 0, 1)
             row(f"{method}: peak memory (MB)", pick(figures[method], "peak_memory_mb"), 0, -1)
+            share(f"{method}: training, share of the matmul peak (%)", figures[method])
         for side in ("source", "target"):
             values = {name: 100 * figures["padding"][name][side] for name in CONTENDERS}
             row(f"padding of the {side} (%)", values, 1)
-        passes = figures["validation"]
         for beams in (1, 5):
             seconds = pick(passes[f"{beams}_beams"], "seconds")
-            title = f"validation, {figures['rows']['validation']} rows, {beams} beam{'s' * (beams > 1)} (s)"
-            row(title, seconds, 1, -1)
+            title = f"validation, {figures['rows']['validation']} rows, {beams} beam{'s' * (beams > 1)}"
+            row(f"{title} (s)", seconds, 1, -1)
+            share(f"{title}, share of the matmul peak (%)", passes[f"{beams}_beams"])
         own = pick(passes["5_beams"], "seconds") | {"this_project": passes["1_beams"]["this_project"]["seconds"]}
         row("validation after an epoch: 1 beam in this project, 5 beams in the others (s)", own, 1, -1)
     if "start_up_seconds" in found:
@@ -95,7 +101,8 @@ def draw(found, path):
         axis.set_title(case, fontsize=10)
         axis.set_ylabel("speed (plain loop = 1)")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{found['device']}, {found['date']}", fontsize=10)
+    bars = axes[0][0].get_legend_handles_labels()
+    figure.legend(*bars, loc="outside lower center", ncols=len(CONTENDERS), frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -61,6 +61,7 @@ def test_the_sample_is_like_tweet_qa(splits):
     assert len({row["qid"] for rows in splits.values() for row in rows}) == 1300
 
 
+@pytest.mark.slow
 def test_pretraining_runs_and_learns(tmp_path):
     """Each command on a few steps: tokenizer, model, all stages, log and curve; and the loss falls."""
     make_demo.main(["tokenizer", "--out", str(tmp_path / "tokenizer")])

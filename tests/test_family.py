@@ -66,6 +66,8 @@ FEED_FORWARD |= {"t5-v1_1": FEED_FORWARD["flan-t5"], "byt5": FEED_FORWARD["flan-
 CASES = [(family, script) for family in FAMILY for script in SCRIPTS]
 each_case = pytest.mark.parametrize(("family", "script"), CASES)
 each_family = pytest.mark.parametrize("family", FAMILY)
+# What takes a trained model takes minutes: eight runs.
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +184,7 @@ def predictions_of(folder):
     return frame["prediction"].tolist()
 
 
+@slow
 @each_case
 def test_each_shape_trains_and_answers(trained, family, script):
     folder, _ = trained(family, script)
@@ -194,6 +197,7 @@ def test_each_shape_trains_and_answers(trained, family, script):
     assert {path.name for path in folder.iterdir()} <= {"run.json", *run_folder.RUN_FILES}  # what --overwrite removes
 
 
+@slow
 @each_case
 def test_transformers_5_gives_the_answers_that_the_run_wrote(trained, family, script):
     result = ask(**question_of(*trained(family, script), script))
@@ -201,6 +205,7 @@ def test_transformers_5_gives_the_answers_that_the_run_wrote(trained, family, sc
     assert result["tied"] is TIED[family]
 
 
+@slow
 @each_case
 def test_transformers_4_gives_the_answers_that_the_run_wrote(trained, under_4, family, script):
     result = under_4[f"{family} {script}"]
@@ -208,6 +213,7 @@ def test_transformers_4_gives_the_answers_that_the_run_wrote(trained, under_4, f
     assert result["tied"] is result["config"] is TIED[family]
 
 
+@slow
 @each_family
 def test_a_full_checkpoint_says_what_its_weights_are(trained, family):
     folder, _ = trained(family, "tweet_qa_main.py")
@@ -234,6 +240,7 @@ def test_unknown_target_modules_are_answered_with_those_that_exist(bases, family
     assert adapted == set(args.target_modules)
 
 
+@slow
 @pytest.mark.parametrize(
     ("family", "file"),
     [("flan-t5", "tokenizer.json"), ("flan-t5", "tokenizer_config.json"), ("byt5", "tokenizer_config.json")],

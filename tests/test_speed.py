@@ -122,6 +122,7 @@ def test_lora_computes_no_gradient_that_no_weight_needs(lora_model, tokenizer, r
     assert with_gradient == {name for name, _ in lora_model.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_its_contenders_agree(tmp_path):
     """--quick: each contender trains and answers; were their answers not the same, it would end with an error."""
     done = subprocess.run(
