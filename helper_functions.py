@@ -492,11 +492,11 @@ class TweetQADataset(torch.utils.data.Dataset):
     def __init__(self, rows, tokenizer, max_input_len=256, max_target_len=32):
         self.rows = rows
         prompts = [build_prompt(row["Question"], row["Tweet"]) for row in rows]
-        self.input_ids, self.cut_inputs = _tokenize(tokenizer, max_input_len, text=prompts)
+        self.input_ids, self.cut_inputs = _tokenize(tokenizer, max_input_len, "text", prompts)
         self.labels, self.cut_targets = None, 0
         if all(row["Answer"] for row in rows):
             targets = [row["Answer"][0] for row in rows]
-            self.labels, self.cut_targets = _tokenize(tokenizer, max_target_len, text_target=targets)
+            self.labels, self.cut_targets = _tokenize(tokenizer, max_target_len, "text_target", targets)
 
     def __len__(self):
         return len(self.rows)
@@ -506,11 +506,15 @@ class TweetQADataset(torch.utils.data.Dataset):
         return item if self.labels is None else item | {"labels": self.labels[index]}
 
 
-def _tokenize(tokenizer, max_length, **texts):
-    """(lists of token ids cut to max_length, how many were cut)."""
-    whole = tokenizer(**texts, verbose=False).input_ids
-    cut = sum(len(ids) > max_length for ids in whole)
-    return tokenizer(**texts, truncation=True, max_length=max_length).input_ids if cut else whole, cut
+def _tokenize(tokenizer, max_length, kind, texts):
+    """(lists of token ids cut to max_length, how many were cut). kind: "text" or, for answers, "text_target"."""
+    ids, cut = [], 0
+    for some in chunks(texts, 1000):  # what the tokenizer makes beside the ids takes five times as much memory
+        whole = tokenizer(**{kind: some}, verbose=False).input_ids
+        too_long = sum(len(one) > max_length for one in whole)
+        ids += tokenizer(**{kind: some}, truncation=True, max_length=max_length).input_ids if too_long else whole
+        cut += too_long
+    return ids, cut
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
