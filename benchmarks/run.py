@@ -36,7 +36,7 @@ MODELS, RESULTS = HERE / "models", HERE / "results"
 DEMO, SHARED = HERE.parent / "demo", HERE.parent.parent / "shared"
 CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_trainer": "HF trainer"}
 BATCH_SIZE = 8
-SKIPPED = 2  # first steps of a round, in which memory is taken and kernels are chosen
+SKIPPED = 2  # first steps of a round, in which memory is taken and kernels are chosen: they are not timed
 # The adapters: the LoRA script's defaults, and what `make demo` gives it.
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q", "v"]}
 DEMO_LORA = LORA | {"target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}
@@ -85,12 +85,12 @@ def padding(contender, case):
 
 
 def typical_batches(contender, case, count):
-    """So many batches of an epoch, spread evenly over its batches in order of size: a round takes little time, and
-    what it takes speaks for the epoch."""
+    """The SKIPPED largest batches of an epoch, and after them so many that are spread evenly over all its batches in
+    order of size, the largest first: a round takes little time, and what the latter take speaks for the epoch."""
     batches = epoch(contender, case)
     lengths = [len(row["Question"]) + len(row["Tweet"]) for row in case["train"]]
-    batches.sort(key=lambda batch: max(lengths[position] for position in batch))
-    return [batches[int((n + 0.5) * len(batches) / count)] for n in range(count)]
+    batches.sort(key=lambda batch: max(lengths[position] for position in batch), reverse=True)
+    return batches[:SKIPPED] + [batches[int((n + 0.5) * len(batches) / count)] for n in range(count)]
 
 
 def train(contender, case, batches, lora, device):
@@ -137,10 +137,11 @@ def where_training_time_goes(contender, case, batches, lora, device):
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from torch.utils.flop_counter import FlopCounterMode
 
-    order = [position for batch in batches for position in batch]
-    given = (case["train"], order, BATCH_SIZE, 1e-4, 0, device)
+    def given(batches):
+        return case["train"], [position for batch in batches for position in batch], BATCH_SIZE, 1e-4, 0, device
+
     with FlopCounterMode(display=False) as counter:
-        contender.train(*contender.load(case["model"], lora), *given)
+        contender.train(*contender.load(case["model"], lora), *given(batches[SKIPPED:]))
     loaded, steps, profiler = contender.load(case["model"], lora), [], new_profiler(device)
 
     def note(*_):
@@ -149,10 +150,10 @@ def where_training_time_goes(contender, case, batches, lora, device):
             profiler.start()
 
     hook = register_optimizer_step_post_hook(note)
-    contender.train(*loaded, *given)
+    contender.train(*loaded, *given(batches))
     profiler.stop()
     hook.remove()
-    return {"flops_a_step": counter.get_total_flops() / len(batches)} | shares_of(profiler, device)
+    return {"flops_a_step": counter.get_total_flops() / len(batches[SKIPPED:])} | shares_of(profiler, device)
 
 
 def where_validation_time_goes(contender, case, beams, device):
@@ -289,7 +290,7 @@ def measure(case, methods, options, found):
     passes = found.setdefault("validation", {})
     with Pools() as pools:
         found["padding"] = {name: pools.ask(name, padding, case) for name in CONTENDERS}
-        chosen = {name: pools.ask(name, typical_batches, case, case["batches"] + SKIPPED) for name in CONTENDERS}
+        chosen = {name: pools.ask(name, typical_batches, case, case["batches"]) for name in CONTENDERS}
         for beams in (1, 5):
             if f"{beams}_beams" in passes:
                 continue
@@ -307,8 +308,6 @@ def measure(case, methods, options, found):
             passes[f"{beams}_beams"] = figures | {"profile": profile | {"share_of_matmul_peak": reached}}
             found["words_an_answer"] = statistics.mean(len(text.split()) for text in answers["this_project"])
             yield
-    for batches in chosen.values():  # the largest first, so that memory grows in a step that is not timed
-        batches.reverse()
     for method, lora in methods.items():
         if method in found:
             continue
