@@ -114,6 +114,20 @@ def check_comparable(runs):
                     raise input_error(f"{pair}: they were scored on different rows, {differ}")
 
 
+def check_same_rows_held_out(rows):
+    """Raise InputError unless the runs of each Row set the same rows of train aside (--holdout), which depend on the
+    seed: their held-out F1 would be of different rows, and they were trained on different ones."""
+
+    def held_out(row):
+        return {json.dumps(run.record["holdout"].get("rows")) for run in row.runs if run.record.get("holdout")}
+
+    with_some = [row for row in rows if held_out(row)]
+    for row in with_some[1:]:
+        if held_out(row) != held_out(with_some[0]):
+            pair = f"{with_some[0].runs[0].folder} and {row.runs[0].folder} cannot be compared"
+            raise input_error(f"{pair}: --holdout set different rows aside; give both the same --seed, or --seeds")
+
+
 # --------------------------------------------------------------------------------------------------------- table
 
 
@@ -473,6 +487,7 @@ def compare(given, out):
     runs = [Run(folder, *read_run(folder)) for folder in folders]
     check_comparable(runs)
     rows = make_rows(runs)
+    check_same_rows_held_out(rows)
     table = make_table(rows)
     compared = [compare_pair(*pair) for pair in combinations(rows, 2)]
     try:

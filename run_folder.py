@@ -217,11 +217,11 @@ def let_transformers_4_read(tokenizer_config):
         tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder, model_name=None, cached=False):
+def load_checkpoint(folder, model_name=None, cached=False, base_dtype="fp32"):
     """(model, tokenizer) of a run folder: the whole model, or the adapter on its base.
 
     model_name: the base model of an adapter, a hub id or a folder; None for the one that the adapter names. It is held
-    in the type that run.json says it was trained on (--base_dtype).
+    in the type that run.json says it was trained on (--base_dtype), or in base_dtype where that says nothing.
     cached: whether this run has loaded that base before. Raises InputError for what cannot be loaded.
     """
     from helper_functions import InputError, hold_in_bf16, load_model_and_tokenizer, one_line
@@ -249,7 +249,7 @@ def load_checkpoint(folder, model_name=None, cached=False):
             raise input_error(f"--save_dir {folder}: its tokenizer files are missing ({', '.join(missing)})")
         if run.get("identity", {}).get("weights (--model_name)") not in (None, weights_sha256(base)):
             raise input_error(f"--save_dir {folder}: its adapter was trained on another base than {base_name}")
-        if run.get("args", {}).get("base_dtype") == "bf16":
+        if run.get("args", {}).get("base_dtype", base_dtype) == "bf16":
             hold_in_bf16(base)
         model = PeftModel.from_pretrained(base, folder)
         with safe_open(weights, "pt") as file:
@@ -883,8 +883,8 @@ def write_model_card(folder, run):
         lines += ["The run that writes this folder has not finished yet.", ""]
     else:
         lines += [
-            f"Validation split, best epoch ({run['best_epoch']}), {scored['final_beams']} beams. The epoch was chosen"
-            " by F1 on this same split, so the figures are a little optimistic.",
+            f"Validation split of `{scored['dataset']}`, best epoch ({run['best_epoch']}), {scored['final_beams']}"
+            " beams. The epoch was chosen by F1 on a validation split, so the figures are a little optimistic.",
             "",
             "| metric | value |",
             "| --- | --- |",

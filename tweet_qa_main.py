@@ -39,7 +39,7 @@ from accelerate.utils import (
     find_executable_batch_size,
     set_seed,
 )
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
@@ -79,6 +79,9 @@ MAX_GRAD_NORM = 1.0
 # The CPU gains nothing from more, and in a beam search of 128 it loses; a GPU is kept busier (not measured yet).
 EVAL_BATCH_SIZE = {"cpu": 32, "cuda": 64}
 HEAP_GAPS = 0.5  # of the activations: gaps on the CPU, where freed memory is kept (0.1 to 0.9 of them were measured)
+# What decides which rows are scored, and how.
+SCORING = ("dataset", "max_eval_samples", "holdout", "seed", "drop_leaked")
+SCORING += ("max_input_len", "max_target_len", "final_beams", "precision", "sem_model")
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
 
 
@@ -207,6 +210,15 @@ def build_parser(description, lr, save_dir):
     return parser
 
 
+def as_it_was_scored(parser, argv, args):
+    """The arguments of --eval_only: those of SCORING that the command line leaves out are the run's in --save_dir."""
+    run = run_folder.read_run_json(args.save_dir)
+    if not run:
+        return args
+    parser.set_defaults(**{name: run["args"][name] for name in SCORING if run["args"].get(name) is not None})
+    return parser.parse_args(argv)
+
+
 def choose_precision(precision):
     """accelerate's name for --precision. Raises InputError for fp16 without a GPU."""
     if precision == "fp16" and not torch.cuda.is_available():
@@ -250,9 +262,14 @@ STOP = StopWish()
 
 
 def note_signal(number, frame):
-    """Handler of SIGINT and SIGTERM: end as soon as the work may be left, and at once when asked a second time."""
+    """Handler of SIGINT and SIGTERM: end as soon as the work may be left, and at once with a second SIGINT.
+
+    Not with a second SIGTERM: a cluster sends it to every process, and the launcher of several passes its own on.
+    """
     if STOP.signal:
-        os._exit(128 + number)
+        if number == signal.SIGINT:
+            os._exit(128 + number)
+        return
     STOP.signal = number
     if not STOP.hold:
         raise KeyboardInterrupt
@@ -271,14 +288,18 @@ def signals_noted():
 
 
 @contextmanager
-def unbroken():
-    """Finish this block before a signal that comes in meanwhile ends the run."""
-    STOP.hold = True
+def unbroken(accelerator=None):
+    """Finish this block before a signal that comes in meanwhile ends the run.
+
+    accelerator: given by all of several processes, which then leave together after the block. One that left alone would
+    let the others wait for it in vain.
+    """
+    held, STOP.hold = STOP.hold, True
     try:
         yield
     finally:
-        STOP.hold = False
-    if STOP.signal:
+        STOP.hold = held
+    if not held and (_all_told_to_stop(accelerator) if accelerator else STOP.signal):
         raise KeyboardInterrupt
 
 
@@ -614,10 +635,19 @@ def run(args, wrap=None):
     args.eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device.type, EVAL_BATCH_SIZE["cpu"])
 
     rows, held, note = select_rows(args)
+    if args.eval_only and args.holdout and record:
+        before = (record.get("holdout") or {}).get("rows", held)  # not there yet if the run was interrupted
+        chosen_by = ("holdout", "seed", "drop_leaked")
+        if held != before or any(record["args"].get(name) != getattr(args, name) for name in chosen_by):
+            raise InputError(
+                f"--holdout {args.holdout}: these are not the rows that the run set aside before its training; leave"
+                " --holdout, --seed and --drop_leaked out, or give --holdout 0 to score none"
+            )
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
     set_seed(args.seed)
     if args.eval_only:
-        model, tokenizer = run_folder.load_checkpoint(folder, args.model_name)
+        base_dtype = getattr(args, "base_dtype", "fp32")
+        model, tokenizer = run_folder.load_checkpoint(folder, args.model_name, base_dtype=base_dtype)
         if not record:  # someone else's checkpoint: there is no run to resume
             own_method = "lora" if hasattr(model, "peft_config") else "full"
             record = run_folder.new_run(own_method, args, device, model) | {"finished": True}
@@ -669,6 +699,7 @@ def run(args, wrap=None):
         train_what_fits(args, wrap, models, tokenizer, loaders, sem_model, accelerator, record, started, saved)
         # The figures that count come from what stands on disk, which is what will be used.
         accelerator.free_memory()
+        clear_device_cache(garbage_collection=True)  # what the accelerator held can only go now
         accelerator.wait_for_everyone()
         try:
             model, tokenizer = run_folder.load_checkpoint(folder, args.model_name, cached=True)
@@ -770,6 +801,7 @@ def train_what_fits(args, wrap, models, tokenizer, loaders, sem_model, accelerat
             state, schedule_state = LoopState(batch_size=batch_size), None
             run_folder.end_tracking(accelerator)
             accelerator.free_memory()
+            clear_device_cache(garbage_collection=True)  # what the accelerator held can only go now
             set_seed(args.seed)
             model, _ = load_model_and_tokenizer(args.model_name, cached=True)
             models.append(wrap(model, args) if wrap else model)
@@ -840,68 +872,71 @@ def train(args, model, tokenizer, loaders, sem_model, accelerator, record, start
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            with unbroken():
-                rows, train_loss = train_epoch(
-                    model, loader, optimizer, schedule, accelerator, state, save, args.save_every
+            # Several processes leave together: at a step of the epoch, see `train_epoch`, or at its end.
+            with unbroken(accelerator) if accelerator.num_processes > 1 else nullcontext():
+                with unbroken():
+                    rows, train_loss = train_epoch(
+                        model, loader, optimizer, schedule, accelerator, state, save, args.save_every
+                    )
+                seconds = state.epoch_seconds
+                peak_vram_mb = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
+                say(
+                    f"[epoch {state.epoch + 1}] time={seconds:.1f}s | steps/sec={len(rows) / seconds:.2f}"
+                    f" | peak VRAM={peak_vram_mb:.0f} MB"
                 )
-            seconds = state.epoch_seconds
-            peak_vram_mb = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
-            say(
-                f"[epoch {state.epoch + 1}] time={seconds:.1f}s | steps/sec={len(rows) / seconds:.2f}"
-                f" | peak VRAM={peak_vram_mb:.0f} MB"
-            )
-            if hollow:
-                with memory_for("all weights on each device, as the evaluation needs them: give a smaller model"):
-                    fill(hollow, model)
-            whole = hollow or accelerator.unwrap_model(model)
-            with memory_for(f"--eval_batch_size {args.eval_batch_size}: lower it"):
-                metrics, _ = evaluate(
-                    whole,
-                    loaders["validation"],
-                    tokenizer,
-                    device,
-                    sem_model,
-                    beams=args.eval_beams,
-                    max_target_len=args.max_target_len,
-                    accelerator=accelerator,
-                    title=f"epoch {state.epoch + 1}, validation",
-                    with_scores=False,
-                )
-            with unbroken():
-                say(f"[epoch {state.epoch + 1}] {metrics_line(metrics)}")
-                state.epoch, state.epoch_tokens, state.epoch_seconds = state.epoch + 1, [], 0.0
-                state.epoch_rows.append(
-                    {
-                        "epoch": state.epoch,
-                        "train_loss": train_loss,
-                        "val_loss": metrics["val_loss"],
-                        "em": metrics["em"],
-                        "f1": metrics["f1"],
-                        "avg_sem_sim": metrics["avg_sem_sim"],
-                        "epoch_seconds": round(seconds, 3),
-                        "steps_per_sec": round(len(rows) / seconds, 4),
-                        "samples_per_sec": round(len(data) / seconds, 3),
-                        "peak_vram_mb": round(peak_vram_mb, 1),
-                    }
-                )
-                improved = metrics["f1"] > state.best_f1
-                if improved:
-                    state.best_f1, state.best_epoch = metrics["f1"], state.epoch
-                note_progress(record, state)
-                run_folder.report(accelerator, "epoch", state.epoch_rows[-1], state.step)
-                if accelerator.is_main_process:
-                    if improved:
-                        run_folder.save_checkpoint(folder, whole, tokenizer, record)
-                    run_folder.write_table(folder / "metrics.csv", state.epoch_rows)
-                    run_folder.write_table(folder / "train_loss.csv", state.step_rows)
-                    run_folder.draw_curves(folder, state.epoch_rows, state.step_rows)
-                    run_folder.write_run_json(folder, record)
                 if hollow:
-                    empty(hollow)
-                # Last, so that what last/ speaks of is there. A run that is killed before makes all of it once more.
-                save()
+                    with memory_for("all weights on each device, as the evaluation needs them: give a smaller model"):
+                        fill(hollow, model)
+                whole = hollow or accelerator.unwrap_model(model)
+                with memory_for(f"--eval_batch_size {args.eval_batch_size}: lower it"):
+                    metrics, _ = evaluate(
+                        whole,
+                        loaders["validation"],
+                        tokenizer,
+                        device,
+                        sem_model,
+                        beams=args.eval_beams,
+                        max_target_len=args.max_target_len,
+                        accelerator=accelerator,
+                        title=f"epoch {state.epoch + 1}, validation",
+                        with_scores=False,
+                    )
+                with unbroken():
+                    say(f"[epoch {state.epoch + 1}] {metrics_line(metrics)}")
+                    state.epoch, state.epoch_tokens, state.epoch_seconds = state.epoch + 1, [], 0.0
+                    state.epoch_rows.append(
+                        {
+                            "epoch": state.epoch,
+                            "train_loss": train_loss,
+                            "val_loss": metrics["val_loss"],
+                            "em": metrics["em"],
+                            "f1": metrics["f1"],
+                            "avg_sem_sim": metrics["avg_sem_sim"],
+                            "epoch_seconds": round(seconds, 3),
+                            "steps_per_sec": round(len(rows) / seconds, 4),
+                            "samples_per_sec": round(len(data) / seconds, 3),
+                            "peak_vram_mb": round(peak_vram_mb, 1),
+                        }
+                    )
+                    improved = metrics["f1"] > state.best_f1
+                    if improved:
+                        state.best_f1, state.best_epoch = metrics["f1"], state.epoch
+                    note_progress(record, state)
+                    run_folder.report(accelerator, "epoch", state.epoch_rows[-1], state.step)
+                    if accelerator.is_main_process:
+                        if improved:
+                            run_folder.save_checkpoint(folder, whole, tokenizer, record)
+                        run_folder.write_table(folder / "metrics.csv", state.epoch_rows)
+                        run_folder.write_table(folder / "train_loss.csv", state.step_rows)
+                        run_folder.draw_curves(folder, state.epoch_rows, state.step_rows)
+                        run_folder.write_run_json(folder, record)
+                    if hollow:
+                        empty(hollow)
+                    # Last, so that what last/ speaks of is there. A run that is killed before makes all of it again.
+                    save()
         except KeyboardInterrupt:  # a signal; the state is whole at each point where one is let through
-            save()
+            with unbroken():  # another process's signal may come in later than what it told this one
+                save()
             raise
     if out_of_patience():
         say(f"stopped: F1 has not been better than epoch {state.best_epoch}'s for {args.patience} epochs")
@@ -1046,6 +1081,8 @@ def run_from_command_line(parser, argv=None, wrap=None):
     """
     args = parser.parse_args(argv)
     try:
+        if args.eval_only:
+            args = as_it_was_scored(parser, argv, args)
         with signals_noted():
             runs = seed_runs(args, wrap) if args.seeds else [args]
             for args in runs:  # noqa: B007 (what is said below is about the last of them)

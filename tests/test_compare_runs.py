@@ -307,6 +307,20 @@ def test_held_out_f1_is_shown_if_every_run_has_it(tmp_path):
     assert "eld-out" not in (tmp_path / "out" / "comparison.md").read_text()
 
 
+def test_methods_that_set_other_rows_aside_are_refused(tmp_path, capsys):
+    """The rows of --holdout depend on the seed: both methods must have run the same seeds."""
+
+    def run(name, method, seed, rows):
+        held = {"holdout": {"rows": rows, "metrics": {"f1": 0.5}}}
+        return write_run(tmp_path / name, method, seed=seed, holdout=2, record=held)
+
+    full = [run("full 1", "full", 1, [3, 8]), run("full 2", "full", 2, [0, 5])]
+    lora = [run("lora 1", "lora", 1, [3, 8]), run("lora 2", "lora", 2, [0, 5])]
+    assert compare(*full, *lora, out=tmp_path / "out") == 0
+    assert "--holdout set different rows aside" in refusal(capsys, full[0], lora[1], out=tmp_path / "none")
+    assert "--holdout set different rows aside" in refusal(capsys, *full, lora[0], out=tmp_path / "none")
+
+
 def test_without_similarity_the_rest_is_compared(tmp_path):
     runs = [write_run(tmp_path / method, method, sem_model="none") for method in ("full", "lora")]
     assert compare(*runs, out=tmp_path / "out") == 0

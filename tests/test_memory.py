@@ -206,6 +206,15 @@ def test_eval_only_takes_the_type_of_the_run_and_no_other_base(bf16_run, place, 
     assert "its adapter was trained on another base" in capfd.readouterr().err
 
 
+def test_someone_elses_adapter_is_scored_on_the_base_that_is_asked_for(bf16_run, place, tmp_path):
+    copy = shutil.copytree(bf16_run, tmp_path / "copy")
+    (copy / "run.json").unlink()
+    assert MAIN[LORA](arguments(place, LORA, copy, "--eval_only", *BF16)) == 0
+    frames = [pd.read_csv(folder / "validation_predictions.csv") for folder in (copy, bf16_run)]
+    pd.testing.assert_frame_equal(*frames)
+    assert json.loads((copy / "run.json").read_text())["args"]["base_dtype"] == "bf16"
+
+
 def test_the_readme_snippet_loads_a_bf16_run(bf16_run, place):
     """On a base in float32, as it stands there: the answers may differ in what bfloat16 rounds away."""
     snippet = readme_snippets()[LORA].replace("google/flan-t5-small", str(place / "model"))

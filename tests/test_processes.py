@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +150,32 @@ def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, reque
     assert not (tmp_path / "run" / "last").exists()
 
 
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_sigterm_stops_all_processes_together_and_the_run_goes_on(both, evaluating, tmp_path, calm_demo):
+    """In the first epoch or in its evaluation; the launcher is told, and tells the processes."""
+    script, (two, _), _ = both
+    given = arguments(script, calm_demo, batch_size=4, save_dir=tmp_path / "run")
+    environ = os.environ | {"PATH": os.devnull, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
+    saving = () if evaluating else ("--save_every", 2)
+    with subprocess.Popen(
+        launch_command(script, *given, *saving), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+    ) as running:
+        if evaluating:
+            assert any(line.startswith("[epoch 1] time=") for line in running.stdout)
+        while not (evaluating or (tmp_path / "run" / "last").exists()):
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.terminate()
+        said = running.communicate(timeout=300)[1]
+    assert running.returncode != 0 and "interrupted: --resume goes on after step " in said
+    loop = json.loads((tmp_path / "run" / "last" / "loop.json").read_text())["state"]
+    assert 0 < loop["step"] <= 12 and not (tmp_path / "run" / "test_answers.json").exists()
+    done = launch(script, *given, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
+
+
 def test_two_machines_do_what_two_processes_do(both, tmp_path, calm_demo):
     """The README's two commands, each "machine" on a loopback address of its own; the first one speaks."""
     script, (two, _), _ = both
@@ -201,10 +228,10 @@ def test_sharded_processes_learn_what_whole_ones_do(both, sharded):
     run = json.loads((folder / "run.json").read_text())
     held = run["parameters_per_process"]
     assert 0.5 <= held / run["total_parameters"] < 0.52 and f"sharded, {held:,} parameters a process" in done.stdout
-    for name, tolerance in (("train_loss.csv", 1e-4), ("metrics.csv", 1e-5)):
-        for ours, theirs in zip(table(folder / name), table(whole / name), strict=True):
-            for time in TIMES:
-                ours.pop(time, None), theirs.pop(time, None)
+    for file, tolerance in (("train_loss.csv", 1e-4), ("metrics.csv", 1e-5)):
+        for ours, theirs in zip(table(folder / file), table(whole / file), strict=True):
+            for name in TIMES:
+                ours.pop(name, None), theirs.pop(name, None)
             assert ours == pytest.approx(theirs, rel=tolerance)
 
 

@@ -219,7 +219,7 @@ def test_a_signal_while_loading_leaves_everything_as_it_was(place, stopped, tmp_
     assert contents(stopped[script]) == before
 
 
-def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+def test_a_second_ctrl_c_ends_the_process_at_once_and_a_second_sigterm_does_not(monkeypatch):
     class Ended(BaseException):
         pass
 
@@ -229,7 +229,9 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(os, "_exit", end)
     with tweet_qa_main.signals_noted():
         tweet_qa_main.STOP.hold = True
-        os.kill(os.getpid(), signal.SIGINT)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert tweet_qa_main.STOP.signal == signal.SIGINT
         with pytest.raises(Ended, match="130"):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -156,27 +156,33 @@ def test_the_same_seed_gives_the_same_metrics_and_another_others(runs, script, t
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path, tweet_qa, minilm):
-    """Of a LoRA folder the base comes from the adapter's own config: --model_name is not given."""
+def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path):
+    """From the folder alone: data, rows, lengths and similarity model are the run's, the base of an adapter is what its
+    own config names."""
     done, folder = runs[script]
     copy = shutil.copytree(folder, tmp_path / "copy")
     files = ("validation_predictions.csv", "holdout_predictions.csv", "breakdown.csv", "test_answers.json")
     for name in files:
         (copy / name).unlink()
-    again = run_script(
-        script,
-        *("--eval_only", "--save_dir", copy, "--dataset", tweet_qa, "--sem_model", minilm),
-        *("--max_eval_samples", 24, "--holdout", 20),
-        meteor=True,
-    )
+    again = run_script(script, "--eval_only", "--save_dir", copy, meteor=True)
     assert again.returncode == 0 and "[epoch" not in again.stdout, again.stderr
     assert final_line(again) == final_line(done)
     for name in files:
         assert (copy / name).read_bytes() == (folder / name).read_bytes()
     before, after = (json.loads((where / "run.json").read_text()) for where in (folder, copy))
-    assert after.pop("eval_only")["final_beams"] == 5 and after == before
+    scored = after.pop("eval_only")
+    assert after == before and (copy / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    names = ("dataset", "sem_model", "max_input_len", "max_eval_samples", "holdout", "seed", "final_beams")
+    assert [scored[name] for name in names] == [before["args"][name] for name in names]
     weights = WEIGHTS[script]
     assert (copy / weights).read_bytes() == (folder / weights).read_bytes()
+
+    other = run_script(script, "--eval_only", "--save_dir", copy, "--seed", 7)
+    assert other.returncode == 2 and "these are not the rows that the run set aside" in other.stderr
+    short = run_script(script, "--eval_only", "--save_dir", copy, "--holdout", 0, "--max_input_len", 16, "--seed", 7)
+    assert short.returncode == 0 and final_line(short) != final_line(done), short.stderr
+    record = json.loads((copy / "run.json").read_text())
+    assert record["holdout"] == before["holdout"] and record["eval_only"]["max_input_len"] == 16
 
 
 def test_eval_only_scores_a_checkpoint_that_no_run_of_ours_made(tmp_path, standin, tweet_qa):
