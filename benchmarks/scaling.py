@@ -87,8 +87,9 @@ def draw(found, path):
     rows = [row["rows"] for row in found["rows"]]
     for place, (key, label) in enumerate({"epoch_seconds": "an epoch (s)", "peak_ram_mb": "peak memory (MB)"}.items()):
         axes = figure.add_subplot(1, 2, place + 1, xlabel="training rows", ylabel=label)
-        axes.plot(rows, [row[key] for row in found["rows"]], "o-", color="#0072B2")
-        axes.set_ylim(bottom=0)
+        values = [row[key] for row in found["rows"]]
+        axes.plot(rows, values, "o-", color="#0072B2")
+        axes.set_ylim(0, 1.1 * max(values))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"The demo's T5 on TweetQA, {found['device']}, {found['date']}", fontsize=10)
