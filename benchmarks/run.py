@@ -58,18 +58,22 @@ def epoch(contender, case, seed=0):
     return [order[start : start + BATCH_SIZE] for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE)]
 
 
-def token_counts(case, batches):
-    """{"source", "target": (tokens, tokens with their padding)} of batches of training rows."""
+def token_counter(case):
+    """A function of a list of batches of training rows: {"source", "target": (tokens, tokens with their padding)}."""
     from helper_functions import TweetQADataset
 
-    counts = {"source": [0, 0], "target": [0, 0]}
     data = TweetQADataset(case["train"], load_tokenizer(case["model"]))
-    for batch in batches:
-        for side, ids in (("source", data.input_ids), ("target", data.labels)):
-            lengths = [len(ids[position]) for position in batch]
-            counts[side][0] += sum(lengths)
-            counts[side][1] += len(lengths) * max(lengths)
-    return counts
+
+    def count(batches):
+        counts = {"source": [0, 0], "target": [0, 0]}
+        for batch in batches:
+            for side, ids in (("source", data.input_ids), ("target", data.labels)):
+                lengths = [len(ids[position]) for position in batch]
+                counts[side][0] += sum(lengths)
+                counts[side][1] += len(lengths) * max(lengths)
+        return counts
+
+    return count
 
 
 def load_tokenizer(folder):
@@ -80,16 +84,20 @@ def load_tokenizer(folder):
 
 def padding(contender, case):
     """The share of padding in an epoch's source and target tokens."""
-    counts = token_counts(case, epoch(contender, case))
+    counts = token_counter(case)(epoch(contender, case))
     return {side: 1 - tokens / padded for side, (tokens, padded) in counts.items()}
 
 
 def typical_batches(contender, case, count):
     """The SKIPPED largest batches of an epoch, and after them so many that are spread evenly over all its batches in
     order of size, the largest first: a round takes little time, and what the latter take speaks for the epoch."""
-    batches = epoch(contender, case)
-    lengths = [len(row["Question"]) + len(row["Tweet"]) for row in case["train"]]
-    batches.sort(key=lambda batch: max(lengths[position] for position in batch), reverse=True)
+
+    def size(batch):  # a target's token takes about twice the operations of a prompt's, the output layer included
+        padded = {side: count for side, (_, count) in counts_of([batch]).items()}
+        return padded["source"] + 2 * padded["target"]
+
+    batches, counts_of = epoch(contender, case), token_counter(case)
+    batches.sort(key=size, reverse=True)
     return batches[:SKIPPED] + [batches[int((n + 0.5) * len(batches) / count)] for n in range(count)]
 
 
@@ -319,7 +327,7 @@ def measure(case, methods, options, found):
         figures = {}
         for name, runs in results.items():
             timed = chosen[name][SKIPPED:]
-            tokens = sum(count for count, _ in token_counts(case, timed).values())
+            tokens = sum(count for count, _ in token_counter(case)(timed).values())
             seconds = median_of(runs, "seconds")
             assert {run["steps"] for run in runs} == {len(timed)}
             figures[name] = {
