@@ -1,6 +1,6 @@
 # make demo        see it work: full fine-tune and LoRA of a tiny T5 on sample tweets, a few minutes after installing
 # make test        all checks that take minutes: what to run after a change
-# make test-slow   the long ones: flan-t5-small's full shape, what the demo must reach, runs killed at random moments
+# make test-slow   the long ones: the T5 family, flan-t5-small's full shape, what the demo must reach, runs killed at random
 # make format      let ruff format and mend the code
 
 PYTHON ?= python3
