@@ -1,6 +1,6 @@
 """Hold this project against the loops people use today, side by side in one run.
 
-    python -m benchmarks.run                  # on the CPU: about half an hour on two cores
+    python -m benchmarks.run                  # on the CPU: about 40 minutes on two cores
     python -m benchmarks.run --device cuda
     python -m benchmarks.run --quick          # does everything work and agree? No time in it means anything
 

@@ -1,6 +1,6 @@
 """How time and memory grow with rows and with processes, measured on the scripts as they are.
 
-    python -m benchmarks.scaling        # on the CPU: about ten minutes on two cores
+    python -m benchmarks.scaling        # on the CPU: about 13 minutes on two cores
 
 Rows: `tweet_qa_main.py` trains the demo's T5 for an epoch on the first 250 to all 10,692 rows of TweetQA
 (../shared/tweet_qa). Processes: the same number of rows with one process and with two under `accelerate launch`, a
