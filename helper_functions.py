@@ -42,12 +42,16 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DynamicCache,
     EncoderDecoderCache,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 COLUMNS = ("Question", "Tweet", "Answer", "qid")
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
@@ -408,27 +412,51 @@ def use_torch_kernels(model):
                 setattr(module, name, torch.nn.GELU(approximate="tanh").train(part.training))
 
 
-class FastDropout(torch.nn.Dropout):
-    """torch's Dropout with cheaper random numbers on the CPU, where drawing them takes up to a sixth of a step.
+def fast_dropout(x, p):
+    """torch's dropout of a tensor on the CPU with cheaper random numbers, which take up to a sixth of a step there.
 
     Each element takes 16 bits of a 64-bit draw, so it is zeroed with a probability of p rounded to 1/65536.
     """
+    dropped = round(p * 2**16)
+    bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    kept = torch.empty_like(x)  # as floats, which are multiplied several times as fast as truth values are chosen by
+    torch.ge(bits[: x.numel()].view(x.shape), dropped - 2**15, out=kept)
+    return x * kept.mul_(2**16 / (2**16 - dropped))
+
+
+class FastDropout(torch.nn.Dropout):
+    """torch's Dropout, on the CPU by `fast_dropout`."""
 
     def forward(self, x):
-        dropped = round(self.p * 2**16)
-        if not (self.training and x.is_cpu and 0 < dropped < 2**16):
-            return super().forward(x)
-        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return torch.where(kept, x * (2**16 / (2**16 - dropped)), 0.0)
+        return fast_dropout(x, self.p) if self.training and x.is_cpu and 0 < self.p < 1 else super().forward(x)
+
+
+def fast_dropout_attention(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options
+):
+    """An attention function for transformers: SDPA, and in training on the CPU its mathematics with `fast_dropout`."""
+    if not (dropout and query.is_cpu and position_bias is not None):
+        options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
+    scores = torch.add(position_bias, query @ key.transpose(2, 3), alpha=scaling)
+    if attention_mask is None and module.is_causal:  # SDPA is told so and gets no mask
+        attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
+    if attention_mask is not None:
+        scores = scores + torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
+    weights = fast_dropout(scores.softmax(-1, dtype=torch.float32), dropout)
+    return (weights.to(value.dtype) @ value).transpose(1, 2), None
 
 
 def use_fast_dropout(model):
-    """Put `FastDropout` in the place of every Dropout of the model, those of an adapter included."""
+    """Have every dropout of the model made by `fast_dropout`: its modules, those of an adapter included, and the one in
+    its attention."""
     for module in list(model.modules()):
         for name, part in module.named_children():
             if type(part) is torch.nn.Dropout:
                 setattr(module, name, FastDropout(part.p).train(part.training))
+    AttentionInterface.register("fast_dropout", fast_dropout_attention)
+    AttentionMaskInterface.register("fast_dropout", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("fast_dropout")
 
 
 def use_gradient_checkpointing(model, **options):

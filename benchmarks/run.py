@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -90,7 +91,8 @@ def padding(contender, case):
 
 def typical_batches(contender, case, count):
     """The SKIPPED largest batches of an epoch, and after them so many that are spread evenly over all its batches in
-    order of size, the largest first: a round takes little time, and what the latter take speaks for the epoch."""
+    order of size: a round takes little time, and what the latter take speaks for the epoch. They are shuffled, for from
+    the largest to the smallest no step would need more memory than is at hand, as it does in an epoch."""
 
     def size(batch):  # a target's token takes about twice the operations of a prompt's, the output layer included
         padded = {side: count for side, (_, count) in counts_of([batch]).items()}
@@ -98,7 +100,9 @@ def typical_batches(contender, case, count):
 
     batches, counts_of = epoch(contender, case), token_counter(case)
     batches.sort(key=size, reverse=True)
-    return batches[:SKIPPED] + [batches[int((n + 0.5) * len(batches) / count)] for n in range(count)]
+    timed = [batches[int((n + 0.5) * len(batches) / count)] for n in range(count)]
+    random.Random(0).shuffle(timed)  # in the same order for all contenders
+    return batches[:SKIPPED] + timed
 
 
 def train(contender, case, batches, lora, device):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from helper_functions import (
     TweetQADataset,
     build_collate_fn,
     evaluate,
+    fast_dropout,
+    fast_dropout_attention,
     load_model_and_tokenizer,
     use_fast_dropout,
 )
@@ -89,6 +92,48 @@ def test_dropout_zeroes_its_share_scales_the_rest_and_repeats_by_seed():
     assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(FastDropout(0.0)(x), x) and not FastDropout(1.0)(x).any()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_attention_with_dropout_computes_what_sdpa_does(model, transformers_own, tokenizer, rows, padded):
+    """The same loss and gradients where the probability is so small that nothing is dropped, with and without masks."""
+    batch = first_batch(rows, tokenizer)
+    del batch["index"]
+    assert not batch["attention_mask"].all()
+    if not padded:
+        batch = {name: tensor[:1] for name, tensor in batch.items()}
+        length = batch["attention_mask"].sum()
+        batch |= {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
+    use_fast_dropout(model)
+    for each in (model, transformers_own):
+        for module in each.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif type(module).__name__ == "T5Attention":
+                module.dropout = 1e-9 if each is model else 0.0
+    with patch("helper_functions.fast_dropout", wraps=fast_dropout) as used:
+        losses = [each(**batch).loss for each in (model, transformers_own)]
+    assert used.call_count == len(model.encoder.block) + 2 * len(model.decoder.block)
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), transformers_own.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_dropout_in_attention_zeroes_its_share_of_the_weights_and_nothing_in_eval_mode(model, tokenizer, rows):
+    module, size = model.encoder.block[0].layer[0].SelfAttention, 400
+    even, one_hot = torch.zeros(1, 1, size, size), torch.eye(size)[None, None]
+    weights, _ = fast_dropout_attention(module, even, even, one_hot, None, dropout=0.1, position_bias=even)
+    assert weights.max().item() * size == pytest.approx(1 / 0.9, rel=1e-4)
+    assert (weights == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
+    batch = first_batch(rows, tokenizer)
+    del batch["index"]
+    with torch.no_grad():
+        before = model.eval()(**batch).logits
+        use_fast_dropout(model)
+        assert torch.equal(model(**batch).logits, before)
+        assert not torch.equal(model.train()(**batch).logits, before)
 
 
 @pytest.fixture
