@@ -415,9 +415,9 @@ def use_torch_kernels(model):
 def fast_dropout(x, p):
     """torch's dropout of a tensor on the CPU with cheaper random numbers, which take up to a sixth of a step there.
 
-    Each element takes 16 bits of a 64-bit draw, so it is zeroed with a probability of p rounded to 1/65536.
+    p: above 0 and below 1. Each element takes 16 bits of a 64-bit draw, so p is rounded to 1/65536.
     """
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = torch.empty_like(x)  # as floats, which are multiplied several times as fast as truth values are chosen by
     torch.ge(bits[: x.numel()].view(x.shape), dropped - 2**15, out=kept)
@@ -435,7 +435,7 @@ def fast_dropout_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options
 ):
     """An attention function for transformers: SDPA, and in training on the CPU its mathematics with `fast_dropout`."""
-    if not (dropout and query.is_cpu and position_bias is not None):
+    if not (0 < dropout < 1 and query.is_cpu and position_bias is not None):
         options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
     scores = torch.add(position_bias, query @ key.transpose(2, 3), alpha=scaling)

@@ -92,6 +92,7 @@ def test_dropout_zeroes_its_share_scales_the_rest_and_repeats_by_seed():
     assert torch.equal(dropout(x), y) and not torch.equal(dropout(x), y)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(FastDropout(0.0)(x), x) and not FastDropout(1.0)(x).any()
+    assert torch.equal(FastDropout(1e-9)(x), x) and (FastDropout(1 - 1e-9)(x) == 0).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("padded", [True, False])
