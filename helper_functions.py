@@ -42,16 +42,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     DynamicCache,
     EncoderDecoderCache,
 )
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 COLUMNS = ("Question", "Tweet", "Answer", "qid")
 SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
@@ -435,6 +431,8 @@ def fast_dropout_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options
 ):
     """An attention function for transformers: SDPA, and in training on the CPU its mathematics with `fast_dropout`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     if not (0 < dropout < 1 and query.is_cpu and position_bias is not None):
         options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **options)
@@ -450,6 +448,9 @@ def fast_dropout_attention(
 def use_fast_dropout(model):
     """Have every dropout of the model made by `fast_dropout`: its modules, those of an adapter included, and the one in
     its attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
     for module in list(model.modules()):
         for name, part in module.named_children():
             if type(part) is torch.nn.Dropout:
