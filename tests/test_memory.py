@@ -110,6 +110,9 @@ def test_answers_right_after_training_use_the_cache_as_ever(standin, tokenizer, 
 
 def test_a_base_in_bf16_takes_half_the_memory_and_is_not_trained(standin, tokenizer, rows):
     model, reference = load(standin, "lora", base_dtype="bf16"), load(standin, "lora")
+    for module in [*model.modules(), *reference.modules()]:
+        if type(module).__name__ == "T5Attention":
+            module.dropout = 0.0  # it draws other numbers in bf16
     frozen = {name: weight.clone() for name, weight in model.named_parameters() if not weight.requires_grad}
     bytes_held = [sum(w.nbytes for w in m.parameters() if not w.requires_grad) for m in (model, reference)]
     assert 2 * bytes_held[0] == bytes_held[1] > 10 * MB
