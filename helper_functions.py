@@ -411,7 +411,8 @@ def use_torch_kernels(model):
 def fast_dropout(x, p):
     """torch's dropout of a tensor on the CPU with cheaper random numbers, which take up to a sixth of a step there.
 
-    p: above 0 and below 1. Each element takes 16 bits of a 64-bit draw, so p is rounded to 1/65536.
+    x: floats in any shape. p: probability above 0 and below 1. Each element takes 16 bits of a 64-bit draw, so p is
+    rounded to 1/65536.
     """
     dropped = min(round(p * 2**16), 2**16 - 1)
     bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -430,7 +431,10 @@ class FastDropout(torch.nn.Dropout):
 def fast_dropout_attention(
     module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options
 ):
-    """An attention function for transformers: SDPA, and in training on the CPU its mathematics with `fast_dropout`.
+    """An attention function for transformers: SDPA, and in training on the CPU its formula with `fast_dropout`.
+
+    query: (batch, heads, queries, d). key, value: (batch, heads, keys, d). attention_mask: None or booleans, (batch, 1,
+    queries or 1, keys). position_bias: (1, heads, queries, keys). Returns (batch, queries, heads, d) and None.
 
     In float32 only: with bf16 weights a run would take 150 MB more at its peak, and bf16 is there to save memory.
     """
@@ -449,18 +453,18 @@ def fast_dropout_attention(
 
 
 def use_fast_dropout(model):
-    """Have every dropout of the model made by `fast_dropout`: its modules, those of an adapter included, and the one in
-    its attention."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Have every dropout of a T5 model or PeftModel made by `fast_dropout`, that of an adapter and of attention too."""
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+    AttentionInterface.register("fast_dropout", fast_dropout_attention)
+    AttentionMaskInterface.register("fast_dropout", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     for module in list(model.modules()):
+        if isinstance(module, PreTrainedModel):  # transformers 5.17 does not tell encoder and decoder by itself
+            module.set_attn_implementation("fast_dropout")
         for name, part in module.named_children():
             if type(part) is torch.nn.Dropout:
                 setattr(module, name, FastDropout(part.p).train(part.training))
-    AttentionInterface.register("fast_dropout", fast_dropout_attention)
-    AttentionMaskInterface.register("fast_dropout", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation("fast_dropout")
 
 
 def use_gradient_checkpointing(model, **options):

@@ -91,8 +91,8 @@ def padding(contender, case):
 
 def typical_batches(contender, case, count):
     """The SKIPPED largest batches of an epoch, and after them so many that are spread evenly over all its batches in
-    order of size: a round takes little time, and what the latter take speaks for the epoch. They are shuffled, for from
-    the largest to the smallest no step would need more memory than is at hand, as it does in an epoch."""
+    order of size: a round takes little time, and what the latter take speaks for the epoch. They are shuffled: from the
+    largest to the smallest, memory would be fetched by the first step alone, and in an epoch many steps fetch some."""
 
     def size(batch):  # a target's token takes about twice the operations of a prompt's, the output layer included
         padded = {side: count for side, (_, count) in counts_of([batch]).items()}
