@@ -2,11 +2,12 @@
 
     python compare_runs.py flan_t5_tweetqa_ckpt flan_t5_tweetqa_ckpt_lora
 
-It reads run folders only: no model, no data, no network. A folder of seed_N runs stands for them all, and runs that
-differ in nothing but their seed are one row of the table, mean ± standard deviation. It prints the table and writes
-comparison.md (with what follows from it, and where the answers differ), comparison.csv and comparison.png to --out.
+It reads only run folders: no model, no data, no network. A folder of seed_N runs can be given in place of its runs, and
+runs that differ only in their seed are one row of the table, mean ± standard deviation. It prints the table and writes
+comparison.md (with the conclusions, and the examples whose answers differ most), comparison.csv and comparison.png to
+--out.
 
-F1, EM, avg_sem_sim, BLEU-1, ROUGE-L and METEOR are out of 100, on the screen and in the files.
+The metrics are out of 100, on the screen and in the files.
 """
 
 import argparse
@@ -20,41 +21,33 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from run_folder import HARMLESS_ARGUMENTS, METRICS, input_error, read_run, writing
+from pipeline.arguments import Role, as_typed, sets_methods_apart, with_role
+from pipeline.errors import InputError, RunError
+from pipeline.metrics import EACH_EPOCH, METRICS
+from pipeline.run_folder import read_run, writing
+from pipeline.statistics import interval, mcnemar
 
 TITLE = "# Comparison of runs"  # the first line of comparison.md, by which a former comparison is known
-RESAMPLES = 10_000
 TELLING = 20  # examples in comparison.md
 MB = 2**20  # bytes, as in the run folder's own figures
 METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
-EXAMPLE = ["qid", "question", "tweet", "references"]  # what an example is, whatever a model makes of it
-# Arguments that set no two methods apart; those that choose the training rows; those that the scores depend on.
-# Gradient checkpointing changes no result, but what it costs.
-NOT_THE_METHOD = {"seed", *HARMLESS_ARGUMENTS} - {"model_name", "dataset", "gradient_checkpointing"}
-TRAINING_ROWS = ["max_train_samples", "holdout", "drop_leaked"]
-SCORING = ["sem_model", "final_beams", "max_input_len", "max_target_len"]
+EXAMPLE = ["qid", "question", "tweet", "references"]  # the columns that do not depend on a model
 # The figures of the table: title and format.
 FIGURES = {
     "trainable_parameters": ("trained parameters", "{:,.0f}"),
     "trainable_percent": ("trained of all parameters (%)", "{:.3g}"),
     "checkpoint_mb": ("checkpoint (MB)", "{:,.2f}"),
-    "f1": ("F1", "{:.1f}"),
-    "em": ("EM", "{:.1f}"),
-    "avg_sem_sim": ("avg_sem_sim", "{:.1f}"),
-    "bleu1": ("BLEU-1", "{:.1f}"),
-    "rougeL": ("ROUGE-L", "{:.1f}"),
-    "meteor": ("METEOR", "{:.1f}"),
+    **{metric.name: (metric.title, metric.form_of_100) for metric in METRICS},
     "holdout_f1": ("held-out F1", "{:.1f}"),
     "best_epoch": ("best epoch", "{:.3g}"),
     "train_minutes": ("training (minutes)", "{:,.2f}"),
     "steps_per_sec": ("steps/s", "{:,.2f}"),
     "peak_memory_mb": ("peak memory (MB)", "{:,.0f}"),
-    "f1_per_mb": ("F1 a trained MB of checkpoint", "{:,.2f}"),
+    "f1_per_mb": ("F1 per MB of checkpoint", "{:,.2f}"),
 }
 FIXED = ["trainable_parameters", "trainable_percent", "checkpoint_mb"]  # no seed changes these
-# Okabe and Ito's palette, told apart by every reader, and markers beside it.
+# Okabe and Ito's palette, safe for colour-blind readers, and a marker for each colour.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "os^Dv<>"
 
@@ -64,16 +57,22 @@ MARKERS = "os^Dv<>"
 
 @dataclass
 class Run:
-    """A finished run, as its folder holds it."""
+    """A finished run, as read from its folder."""
 
     folder: Path
-    record: dict  # run.json; under "scoring" the arguments that its final metrics were made with
+    record: dict  # run.json; "scoring" has the arguments that its final metrics were computed with
     epochs: pd.DataFrame  # metrics.csv
     examples: pd.DataFrame  # validation_predictions.csv
 
+    @property
+    def arguments(self):
+        """{name: value} of what sets it apart from other methods: arguments, and the prompt's template if recorded."""
+        arguments = {name: value for name, value in self.record["args"].items() if sets_methods_apart(name)}
+        return arguments | ({"prompt": self.record["prompt"]} if "prompt" in self.record else {})
+
 
 def run_folders(given):
-    """The run folders that the command line names: a folder of seed_N folders stands for those, in their order."""
+    """The run folders that the command line names; a folder of seed_N folders is replaced by those, in their order."""
     folders = []
     for folder in map(Path, given):
         seeds = [path for path in folder.glob("seed_*") if re.fullmatch(r"seed_\d+", path.name)]
@@ -88,35 +87,35 @@ def check_comparable(runs):
     """Raise InputError, with the reason, unless all runs were trained and scored on the same rows in the same way."""
     first = runs[0]
     if len(first.examples) == 1:
-        raise input_error(f"{first.folder} was scored on a single validation row: no interval can be had from that")
+        raise InputError(f"{first.folder} was scored on a single validation row, which gives no interval")
     for run in runs[1:]:
         pair = f"{first.folder} and {run.folder} cannot be compared"
-        # The same data may lie elsewhere: its name and its validation rows tell whether it is the same.
+        # The same data can be in another place: its name and its validation rows identify it.
         ours, theirs = (Path(each.record["args"]["dataset"]).name for each in (first, run))
         if ours != theirs:
-            raise input_error(f"{pair}: they were trained on different data sets, --dataset {ours} and {theirs}")
+            raise InputError(f"{pair}: they were trained on different data sets, --dataset {ours} and {theirs}")
         for part, names, what in (
-            ("args", TRAINING_ROWS, "trained on different rows"),
-            ("scoring", SCORING, "scored differently (--eval_only scores a run again)"),
+            ("args", with_role(Role.ROWS), "trained on different rows"),
+            ("scoring", with_role(Role.MEASURE), "scored differently (--eval_only scores a run again)"),
         ):
             for name in names:
                 ours, theirs = (each.record[part].get(name) or "none" for each in (first, run))
                 if ours != theirs:
-                    raise input_error(f"{pair}: they were {what}, --{name} {ours} and {theirs}")
+                    raise InputError(f"{pair}: they were {what}, --{name} {ours} and {theirs}")
         if len(first.examples) != len(run.examples):
             counts = f"{len(first.examples)} and {len(run.examples)} validation rows"
-            raise input_error(f"{pair}: they were scored on {counts} (--max_eval_samples)")
+            raise InputError(f"{pair}: they were scored on {counts} (--max_eval_samples)")
         for column in EXAMPLE:
             values = enumerate(zip(first.examples[column], run.examples[column], strict=True), start=1)
             for number, (ours, theirs) in values:
                 if ours != theirs:
                     differ = f"row {number} has the {column} {ours!r:.80} and {theirs!r:.80}"
-                    raise input_error(f"{pair}: they were scored on different rows, {differ}")
+                    raise InputError(f"{pair}: they were scored on different rows, {differ}")
 
 
 def check_same_rows_held_out(rows):
-    """Raise InputError unless the runs of each Row set the same rows of train aside (--holdout), which depend on the
-    seed: their held-out F1 would be of different rows, and they were trained on different ones."""
+    """Raise InputError unless the runs of each Row set the same training rows aside (--holdout, by seed):
+    otherwise they were trained on different rows, and their held-out F1 is of different rows."""
 
     def held_out(row):
         return {json.dumps(run.record["holdout"].get("rows")) for run in row.runs if run.record.get("holdout")}
@@ -125,7 +124,7 @@ def check_same_rows_held_out(rows):
     for row in with_some[1:]:
         if held_out(row) != held_out(with_some[0]):
             pair = f"{with_some[0].runs[0].folder} and {row.runs[0].folder} cannot be compared"
-            raise input_error(f"{pair}: --holdout set different rows aside; give both the same --seed, or --seeds")
+            raise InputError(f"{pair}: --holdout set different rows aside; give both the same --seed, or --seeds")
 
 
 # --------------------------------------------------------------------------------------------------------- table
@@ -137,7 +136,7 @@ class Row:
 
     label: str
     runs: list
-    scores: pd.DataFrame  # f1, em, sem_sim of each example, out of 100, the means over the runs
+    scores: pd.DataFrame  # the metrics of each example, out of 100, means over the runs
 
     @property
     def parameters(self):
@@ -145,48 +144,42 @@ class Row:
 
 
 def make_rows(runs):
-    """The rows of the table, in the order of their first runs. Raises InputError for a run that is there twice."""
+    """The rows of the table, in the order of their first runs. Raises InputError for a run that is given twice."""
     groups = {}
     for run in runs:
-        arguments = {name: value for name, value in run.record["args"].items() if name not in NOT_THE_METHOD}
-        group = groups.setdefault(json.dumps([run.record["method"], arguments], sort_keys=True), [])
+        group = groups.setdefault(json.dumps([run.record["method"], run.arguments], sort_keys=True), [])
         for other in group:
             if other.record["args"]["seed"] == run.record["args"]["seed"]:
                 same = "have the same method, arguments and seed"
-                raise input_error(f"{other.folder} and {run.folder} {same}: leave one out, it would count twice")
+                raise InputError(f"{other.folder} and {run.folder} {same}: leave one out, it would count twice")
         group.append(run)
     firsts = [group[0] for group in groups.values()]
     rows = []
     for group in groups.values():
-        scores = sum(100 * run.examples[["f1", "em", "sem_sim"]] for run in group) / len(group)
+        scores = sum(100 * run.examples[[metric.column for metric in EACH_EPOCH]] for run in group) / len(group)
         rows.append(Row(label(group[0], firsts), group, scores))
     return rows
 
 
 def label(run, runs):
-    """A name that tells a run from the others: its method, with the base model and, among runs of one method, every
-    argument that is not the same for all."""
+    """A name that distinguishes a run from the others: its method, with the base model and, among runs of one method,
+    every argument that is not the same for all."""
     same_method = [other for other in runs if other.record["method"] == run.record["method"]]
     names = [*(name for name in differing(runs) if name == "model_name")]
     names += [name for name in differing(same_method) if name != "model_name"]
-    told = ", ".join(f"{name} {as_typed(run, name)}" for name in names)
+    told = ", ".join(f"{name} {as_typed(run.arguments.get(name, '-'))}" for name in names)
     return METHODS[run.record["method"]] + (f" ({told})" if told else "")
 
 
 def differing(runs):
-    """{name: its values} of the arguments that are not the same for all runs, but for NOT_THE_METHOD."""
-    names = dict.fromkeys(name for run in runs for name in run.record["args"] if name not in NOT_THE_METHOD)
-    values = {name: [as_typed(run, name) for run in runs] for name in names}
+    """{name: its values} of the arguments that set methods apart and are not the same for all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.arguments)
+    values = {name: [as_typed(run.arguments.get(name, "-")) for run in runs] for name in names}
     return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 
-def as_typed(run, name):
-    value = run.record["args"].get(name, "-")
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def figures(run):
-    """The FIGURES of one run; None for what was not measured."""
+    """The FIGURES of one run; None if not measured."""
     record, final = run.record, run.record["final"]
     seconds, megabytes = run.epochs["epoch_seconds"], record["checkpoint_bytes"] / MB
     holdout = record.get("holdout")
@@ -194,7 +187,7 @@ def figures(run):
         "trainable_parameters": record["trainable_parameters"],
         "trainable_percent": 100 * record["trainable_parameters"] / record["total_parameters"],
         "checkpoint_mb": megabytes,
-        **{name: None if final[name] is None else 100 * final[name] for name in METRICS},
+        **{name: None if value is None else 100 * value for name, value in final.items()},
         "holdout_f1": 100 * holdout["metrics"]["f1"] if holdout else None,
         "best_epoch": record["best_epoch"],
         "train_minutes": seconds.sum() / 60,
@@ -205,8 +198,8 @@ def figures(run):
 
 
 def make_table(rows):
-    """comparison.csv: a DataFrame with a row a method. A figure is the mean over the seeds, its column "…_sd" their
-    sample standard deviation, empty for one seed; what was not measured in every run is empty."""
+    """comparison.csv: a DataFrame with one row per method. A figure is the mean over the seeds, its column "…_sd" their
+    sample standard deviation, empty for one seed. A figure that was not measured in every run is empty."""
     table = []
     for row in rows:
         first = row.runs[0].record
@@ -223,7 +216,8 @@ def make_table(rows):
 
 
 def cells(table):
-    """The table as it is read, the methods side by side: a list a figure, of its title and a text for each method."""
+    """The table as it is printed, with the methods side by side: for each figure a list of its title and one text per
+    method."""
     methods = table.to_dict("records")
     lines = [["method", *table["method"]], ["base model", *table["base_model"]]]
     lines += [["seeds", *(each["seeds"] + (f" (n = {each['runs']})" if each["runs"] > 1 else "") for each in methods)]]
@@ -241,57 +235,26 @@ def cells(table):
     return lines
 
 
-# ------------------------------------------------------------------------------------------- what follows from it
-
-
-def interval(values):
-    """The 95 % bootstrap interval (low, high) of the mean of `values`, with a fixed seed.
-
-    To compare two methods, the values are each example's difference, so that both are resampled on the same examples:
-    the paired bootstrap (Koehn, 2004, https://aclanthology.org/W04-3250). The bounds are percentiles of the resampled
-    means (Efron, 1979, https://doi.org/10.1214/aos/1176344552). BCa, scipy's default, corrects a bias and a skew that
-    a mean over hundreds of examples hardly has, and is not defined where all values are the same.
-    """
-    values = np.asarray(values, float)
-    if np.ptp(values) == 0:
-        return values[0], values[0]
-    bounds = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=max(1, 100_000 // len(values)),  # so many numbers in memory at once, whatever the number of examples
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return round(bounds.low, 9), round(bounds.high, 9)  # what rounding leaves of a 0 is no difference
-
-
-def mcnemar(ours, theirs):
-    """p of McNemar's exact test, two-sided, that two runs are right equally often.
-
-    ours, theirs: exact match (0 or 1) of each example. Of the examples that only one run gets right, either should
-    have half, a binomial test (McNemar, 1947, https://doi.org/10.1007/BF02295996). Without such examples, p is 1.
-    """
-    ours_alone, theirs_alone = int((ours > theirs).sum()), int((theirs > ours).sum())
-    discordant = ours_alone + theirs_alone
-    return stats.binomtest(ours_alone, discordant).pvalue if discordant else 1.0
+# ----------------------------------------------------------------------------------------------------- conclusions
 
 
 def compare_pair(one, other):
-    """(subject, reference, {metric: (mean difference, low, high)}, sentence) of two rows.
+    """(subject, reference, {column: (mean difference, low, high)}, sentence) of two rows.
 
-    The one with fewer trained parameters, or else the later one, is spoken of: "LoRA trails full fine-tuning". The
-    differences are subject minus reference, with the bounds of `interval`; the metrics are f1, em and, where it was
-    measured, sem_sim.
+    The subject is the one with fewer trained parameters, or else the later one: "LoRA trails full fine-tuning". The
+    differences are subject minus reference, with the bounds of `interval`, for each metric that was measured.
     """
     subject, reference = (one, other) if one.parameters < other.parameters else (other, one)
     values = (subject.scores - reference.scores).dropna(axis="columns").round(9)  # equal means can differ by 1e-15
-    differences = {name: (round(values[name].mean(), 9), *interval(values[name])) for name in values}
+    # Rounded: a remainder of rounding errors is not a difference.
+    differences = {
+        name: tuple(round(float(x), 9) for x in (values[name].mean(), *interval(values[name]))) for name in values
+    }
     return subject, reference, differences, sentence(subject, reference, *differences["f1"])
 
 
 def sentence(subject, reference, mean, low, high):
-    """What follows from a difference in F1, and no more than its interval says."""
+    """What a difference in F1 says, and no more than its interval allows."""
     ours, theirs = subject.label, reference.label
     share = 100 * subject.parameters / reference.parameters
     cost = f"at {points(share)} % of the trained parameters" if share < 100 else "at as many trained parameters"
@@ -308,7 +271,7 @@ def sentence(subject, reference, mean, low, high):
 
 
 def points(value):
-    """A figure out of 100 with one decimal, or with its first digit if it would read as 0 without being it."""
+    """A figure out of 100 with one decimal, or with its first digit if it is not 0 and would be printed as 0.0."""
     return f"{value + 0.0:.1f}" if value == 0 or abs(value) >= 0.05 else f"{value:.1g}"  # + 0.0: no "-0.0"
 
 
@@ -320,14 +283,14 @@ def caveat(rows):
 
 
 def matched_runs(subject, reference):
-    """The runs of two rows that are held against each other answer by answer: those of the same seed or, if the rows
-    share no seed, each with each."""
+    """The pairs of runs of two rows that are compared answer by answer: those of the same seed or, if the rows share no
+    seed, every pair."""
     every = list(product(subject.runs, reference.runs))
     return [pair for pair in every if len({run.record["args"]["seed"] for run in pair}) == 1] or every
 
 
 def telling_examples(rows):
-    """The positions of the examples that tell most: at most TELLING.
+    """The positions of the most informative examples: at most TELLING.
 
     First those with the largest difference in F1, then in similarity, each row's best examples in turn so that every
     direction is shown; then, if too few differ, those that all get wrong, the worst first.
@@ -345,7 +308,7 @@ def telling_examples(rows):
 
 
 def as_markdown(text):
-    """Text as one line of Markdown that shows it as it is, in a table too."""
+    """Text as one line of Markdown that is shown literally, in a table too."""
     return re.sub(r"([\\`*{}\[\]<>|~$&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(str(text).split()))
 
 
@@ -362,18 +325,18 @@ def report(rows, table, compared):
     lines += ["![F1 by epoch, against cost and by kind of question](comparison.png)", "", *markdown_table(cells(table))]
     note = (
         f"{len(rows[0].scores)} validation rows, {runs[0].record['scoring']['final_beams']} beams. Metrics are out of"
-        " 100, ± is the standard deviation over seeds, a MB is 2^20 bytes. The epoch was chosen on these rows, so the"
-        " metrics are a little optimistic. Training time and steps/s leave evaluation out."
+        " 100, ± is the standard deviation over seeds, 1 MB is 2^20 bytes. The epoch was chosen on these rows, so the"
+        " metrics are a little optimistic. Training time and steps/s do not include evaluation."
     )
     if "holdout_f1" in table:
-        note += " Held-out F1 is not optimistic: it is that of rows of train that each seed set aside."
+        note += " Held-out F1 is not optimistic: it is of training rows that each seed set aside."
     if len({run.record["device"] for run in runs}) > 1:
-        note += " The runs were made on different devices: times and memory do not compare."
+        note += " The runs were made on different devices: their times and memory cannot be compared."
     lines += [note, ""]
     for subject, reference, differences, _ in compared:
         lines += report_pair(subject, reference, differences)
     if compared:
-        lines += ["## The most telling examples", "", "The largest differences in F1, in each direction.", ""]
+        lines += ["## The most informative examples", "", "The largest differences in F1, in each direction.", ""]
         for place in telling_examples(rows):
             lines += report_example(rows, place)
     lines += ["## The runs", ""]
@@ -389,13 +352,13 @@ def report(rows, table, compared):
 
 
 def report_pair(subject, reference, differences):
-    """The part of comparison.md on two rows: the differences, who gets what right, and McNemar's test of that."""
+    """The part of comparison.md on two rows: the differences, which examples each gets right, and McNemar's test."""
     ours, theirs = subject.label, reference.label
     lines = [f"## {as_markdown(ours)} against {as_markdown(theirs)}", ""]
+    titles = {metric.column: metric.title for metric in METRICS}
     table = [[f"{ours} minus {theirs}", "difference", "95 % interval"]]
     for name, (mean, low, high) in differences.items():
-        title = FIGURES["avg_sem_sim" if name == "sem_sim" else name][0]
-        table.append([title, points(mean), f"{points(low)} to {points(high)}"])
+        table.append([titles[name], points(mean), f"{points(low)} to {points(high)}"])
     lines += markdown_table(table)
 
     matched, counts, tests = matched_runs(subject, reference), np.zeros((2, 2)), []
@@ -410,12 +373,12 @@ def report_pair(subject, reference, differences):
         [["exact match", f"{theirs} right", f"{theirs} wrong"]]
         + [[f"{ours} {verdict}", *line] for verdict, line in zip(("right", "wrong"), shares, strict=True)]
     )
-    lines += [f"McNemar's exact test, that both are right equally often: {', '.join(tests)}.", ""]
+    lines += [f"McNemar's exact test that both are right equally often: {', '.join(tests)}.", ""]
     return lines + ([f"The table is the mean of these {len(matched)} pairs of runs.", ""] if len(matched) > 1 else [])
 
 
 def report_example(rows, place):
-    """An example in comparison.md: what was asked, and what each row answered."""
+    """An example in comparison.md: the question, and the answer of each row."""
     example = rows[0].runs[0].examples.iloc[place]
     lines = [f"**{as_markdown(example['question'])}** (row {place + 1})", ""]
     lines += [f"- tweet: {as_markdown(example['tweet'])}"]
@@ -474,16 +437,16 @@ def check_out(folder):
     there = [name for name in ("comparison.md", "comparison.csv", "comparison.png") if (folder / name).exists()]
     text = folder / "comparison.md"
     if there and not (text.is_file() and text.read_bytes().startswith(TITLE.encode())):
-        raise input_error(f"--out {folder} holds a {there[0]} that is no former comparison: give another folder")
+        raise InputError(f"--out {folder} contains a {there[0]} that this script did not write: choose another folder")
 
 
 def compare(given, out):
     """Read the runs, write the comparison to `out` and print it. Raises InputError before anything is written."""
     folders = run_folders(given)
     if len(folders) < 2:
-        raise input_error(f"{folders[0]} is a single run: give at least two")
+        raise InputError(f"{folders[0]} is a single run: give at least two")
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise input_error("a run folder is given twice: give each once")
+        raise InputError("a run folder is given twice: give each folder once")
     runs = [Run(folder, *read_run(folder)) for folder in folders]
     check_comparable(runs)
     rows = make_rows(runs)
@@ -493,7 +456,7 @@ def compare(given, out):
     try:
         check_out(out)
         out.mkdir(parents=True, exist_ok=True)
-        # All three are there before the first is renamed: the .md, by which a former comparison is known.
+        # All three are complete before the first one, the .md, is renamed: it identifies a former comparison.
         with (
             writing(out / "comparison.png") as png,
             writing(out / "comparison.csv") as spreadsheet,
@@ -503,7 +466,7 @@ def compare(given, out):
             table.to_csv(spreadsheet, index=False, lineterminator="\n")
             markdown.write_text(report(rows, table, compared), encoding="utf-8")
     except OSError as error:
-        raise input_error(f"--out {out} cannot be written to ({error.strerror}): give another folder") from None
+        raise InputError(f"--out {out} is not writable ({error.strerror}): choose another folder") from None
     head, *body = cells(table)
     print(pd.DataFrame([line[1:] for line in body], [line[0] for line in body], head[1:]).to_string())
     print("", *(pair[-1] for pair in compared), caveat(rows), f"written to {out}: comparison.md, .csv, .png", sep="\n")
@@ -518,11 +481,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         compare(args.runs, args.out)
-    except Exception as error:
-        from helper_functions import InputError, RunError  # only now: it takes seconds, with torch
-
-        if not isinstance(error, InputError | RunError):
-            raise
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     return 0

@@ -1,5 +1,5 @@
-"""What the loops that this project is held against share. They load a model as any script does, without what this
-project changes in it; and nothing here imports `tweet_qa_main`, which sets how torch takes memory."""
+"""What the loops that this project is compared with share. They load a model as any script does, without what this
+project changes in it. Nothing here imports `tweet_qa_main`, which sets how torch allocates memory."""
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 

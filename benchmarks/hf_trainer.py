@@ -9,8 +9,6 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Seq2SeqTrainer
 from benchmarks.common import load, score
 from helper_functions import TweetQADataset, load_tweet_qa
 
-NAME = "HF trainer"
-
 
 class Trainer(Seq2SeqTrainer):
     """Takes its training order from outside, and keeps the order in which it evaluates: grouped by length, it would

@@ -8,8 +8,6 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from benchmarks.common import load, score
 from helper_functions import build_prompt, load_tweet_qa
 
-NAME = "plain loop"
-
 
 def epoch_order(rows, tokenizer, batch_size, seed):
     """The positions of the rows in the order of an epoch."""

@@ -24,7 +24,7 @@ def slug(device):
 
 
 def table(found):
-    """The Markdown table: a row a figure, a column a contender, and the two ratios."""
+    """The Markdown table: one row per figure, one column per contender, and the two ratios."""
     lines = [
         f"| {found['device']}, {found['date']} | {' | '.join(CONTENDERS.values())} | over plain | over HF |",
         "| --- | --- | --- | --- | --- | --- |",

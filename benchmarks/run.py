@@ -1,13 +1,14 @@
-"""Hold this project against the loops people use today, side by side in one run.
+"""Compare the speed of this project with that of the loops people use today, side by side in one run.
 
     python -m benchmarks.run                  # on the CPU: about 40 minutes on two cores
     python -m benchmarks.run --device cuda
-    python -m benchmarks.run --quick          # does everything work and agree? No time in it means anything
+    python -m benchmarks.run --quick          # does everything work and agree? Its times mean nothing
 
-The contenders are `this_project.py`, `plain_loop.py` and `hf_trainer.py`. Each has a process of its own, in which it
-trains the same number of batches and answers the same rows with the same checkpoint; they take turns, in an order that
-changes with each round, and the figures are medians over the rounds. Data are TweetQA's files in ../shared/tweet_qa,
-or the demo's where those are missing; models are a stand-in with flan-t5-small's shape and the demo's own T5.
+The contenders are `this_project.py`, `plain_loop.py` and `hf_trainer.py`. Each runs in a separate process, where
+it trains the same number of batches and answers the same rows with the same checkpoint. They take turns, in an order
+that changes with each round, and the figures are medians over the rounds. The data are TweetQA's files in
+../shared/tweet_qa, or the demo's if those are missing; the models are a stand-in with flan-t5-small's shape and the
+demo's T5.
 """
 
 import argparse
@@ -28,16 +29,16 @@ from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
-# No contender's module and no `tweet_qa_main` here: the processes started from this one would inherit what they set.
+# Not a contender's module, and not `tweet_qa_main`: the processes started from this one would inherit what they set.
+from benchmarks.report import CONTENDERS, write
 from helper_functions import load_tweet_qa
-from run_folder import git_commit
+from pipeline.run_folder import git_commit
 
 HERE = Path(__file__).resolve().parent
 MODELS, RESULTS = HERE / "models", HERE / "results"
 DEMO, SHARED = HERE.parent / "demo", HERE.parent.parent / "shared"
-CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_trainer": "HF trainer"}
 BATCH_SIZE = 8
-SKIPPED = 2  # first steps of a round, in which memory is taken and kernels are chosen: they are not timed
+SKIPPED = 2  # first steps of a round, in which memory is allocated and kernels are chosen: they are not timed
 # The adapters: the LoRA script's defaults, and what `make demo` gives it.
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q", "v"]}
 DEMO_LORA = LORA | {"target_modules": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"]}
@@ -462,8 +463,6 @@ def main(argv=None):
             }
             keep()
     kept.unlink()
-    from benchmarks.report import write
-
     for path in write(found, options.out):
         say(f"wrote {path}")
 

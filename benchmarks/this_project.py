@@ -9,26 +9,19 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from helper_functions import (
     TweetQADataset,
     build_collate_fn,
+    build_loader,
+    eval_loader,
     evaluate,
     load_model_and_tokenizer,
     quiet_libraries,
-    use_fast_dropout,
-)
-from tweet_qa_main import (
-    EVAL_BATCH_SIZE,
-    LoopState,
-    build_loader,
-    build_optimizer,
-    choose_precision,
-    eval_loader,
-    keep_memory,
-    main,
-    train_epoch,
     train_loader,
 )
+from pipeline.arguments import EVAL_BATCH_SIZE
+from pipeline.devices import choose_precision
+from pipeline.fast_cpu import keep_memory, use_fast_dropout
+from pipeline.resume import LoopState
+from tweet_qa_main import Prepared, build_optimizer, main, train_epoch
 from tweet_qa_main_lora import add_lora
-
-NAME = "this project"
 
 
 def load(model_folder, lora):
@@ -37,7 +30,8 @@ def load(model_folder, lora):
     model, tokenizer = load_model_and_tokenizer(model_folder)
     if lora:
         names = {"r": "lora_r"}
-        model = add_lora(model, argparse.Namespace(**{names.get(name, name): value for name, value in lora.items()}))
+        given = {names.get(name, name): value for name, value in lora.items()}
+        model = add_lora(model, argparse.Namespace(base_dtype="fp32", **given))
     return model, tokenizer
 
 
@@ -67,7 +61,8 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
         keep_memory()
     optimizer, schedule = build_optimizer(model, lr, -(-len(order) // batch_size))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    train_epoch(model, loader, optimizer, schedule, accelerator, LoopState(batch_size=batch_size))
+    prepared = Prepared(model, loader, optimizer, schedule, hollow=None)
+    train_epoch(prepared, accelerator, LoopState(batch_size=batch_size))
 
 
 def validate(model, tokenizer, rows, beams, device, sem_model=None):

@@ -1,0 +1,266 @@
+"""The command line of both training scripts: each flag with its type, default, help and role.
+
+A flag's role says what it changes. Which flags may differ on --resume, which ones --eval_only takes from the run, and
+which ones set two methods apart in a comparison all follow from it, so a new flag needs only its line here (or in
+`tweet_qa_main_lora.py`). A flag without a role fails when the module is imported.
+"""
+
+import argparse
+import math
+import os
+from enum import Flag, auto
+
+from pipeline.errors import one_line
+
+DEFAULT_MODEL = "google/flan-t5-small"
+# A CPU gains nothing from larger batches, and a beam search over 128 rows is slower; a GPU has more to do at once.
+EVAL_BATCH_SIZE = {"cpu": 32, "cuda": 64}
+
+
+class Role(Flag):
+    """What changes with a flag."""
+
+    TRAINING = auto()  # the trained weights
+    ROWS = auto()  # which rows are trained on; runs on different rows are not compared
+    SEED = auto()  # the random numbers; runs that differ in nothing else are runs of one method
+    SCORING = auto()  # which rows are scored and how; --eval_only repeats what the run did
+    MEASURE = auto()  # what a score means; runs with different measures are not compared
+    INPUT = auto()  # a model or data set, which may have moved: --resume compares its content, not its name
+    COST = auto()  # time or memory, not the result
+    RUNNING = auto()  # only how the run proceeds: where it writes, when it saves, what it reports
+
+
+# Resuming with a different value would change the result.
+FIXED_IN_A_RUN = Role.TRAINING | Role.ROWS | Role.SEED | Role.SCORING
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with one line for a wrong argument, without the usage."""
+
+    def error(self, message):
+        said = f"error: {' '.join(message.splitlines())} (--help lists the arguments)\n"
+        self.exit(2, said if os.environ.get("RANK", "0") == "0" else None)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each flag that has one, and the description with its line breaks."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+# ------------------------------------------------------------------------------------------------- argument types
+
+
+def at_least(low):
+    """An argparse type: a whole number from `low` up, below 2**32 as the libraries' random generators need it."""
+
+    def parse(text):
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text!r}")
+        if number >= 2**32:
+            raise argparse.ArgumentTypeError(f"must be below 2**32, not {text!r}")
+        return number
+
+    return parse
+
+
+def positive_float(text):
+    """An argparse type: a finite number above 0."""
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+
+
+def rate(text):
+    """An argparse type: a number from 0 up to, but not including, 1."""
+    try:
+        if 0 <= float(text) < 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0 and below 1, not {text!r}")
+
+
+def path_or_id(text):
+    """An argparse type: a string that can be a path or a hub id. Whether it exists is checked where it is used."""
+    try:
+        text.encode("utf-8")  # it is printed, and written to run.json
+        os.stat(text)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # too long, no permission, a NUL byte, not UTF-8
+        raise argparse.ArgumentTypeError(f"cannot be used: {one_line(error)}") from None
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------ the flags
+
+ROLES = {}  # {argument's name: Role} of every flag that `flag` has declared
+
+
+def flag(name, role, **options):
+    """Declare a flag. name: with its dashes. role: a Role. options: those of argparse's add_argument."""
+    ROLES[name.removeprefix("--")] = role
+    return name, options
+
+
+T, S = Role.TRAINING, Role.SCORING
+FLAGS = [
+    flag("--model_name", Role.INPUT, type=path_or_id, help=f"T5 model: hub id or folder (default: {DEFAULT_MODEL})"),
+    flag(
+        "--dataset",
+        Role.INPUT | S,
+        type=path_or_id,
+        default="ucsbnlp/tweet_qa",
+        help="data set: hub id or folder of train/validation/test files",
+    ),
+    flag("--save_dir", Role.RUNNING, type=path_or_id, help="run folder to write: new or empty, without --resume"),
+    flag("--resume", Role.RUNNING, action="store_true", help="resume the interrupted run in --save_dir"),
+    flag(
+        "--overwrite", Role.RUNNING, action="store_true", help="replace the run in --save_dir, after checking the input"
+    ),
+    flag(
+        "--save_every", Role.RUNNING, type=at_least(0), default=0, help="steps between saves; 0: after each epoch only"
+    ),
+    flag("--seeds", Role.RUNNING, type=at_least(0), nargs="+", help="one run for each seed, in SAVE_DIR/seed_N"),
+    flag("--eval_only", Role.RUNNING, action="store_true", help="do not train: evaluate the checkpoint in --save_dir"),
+    flag("--epochs", T, type=at_least(1), default=5, help="passes over the training rows"),
+    flag("--batch_size", T, type=at_least(1), default=8, help="training examples per forward pass"),
+    flag("--grad_accum_steps", T, type=at_least(1), default=1, help="batches per optimizer step"),
+    flag(
+        "--auto_batch_size",
+        Role.RUNNING,
+        action="store_true",
+        help="if memory runs out, restart with half the batch size and twice --grad_accum_steps",
+    ),
+    flag(
+        "--gradient_checkpointing",
+        Role.COST,
+        action="store_true",
+        help="less memory, more time: compute activations twice",
+    ),
+    flag("--lr", T, type=positive_float, help="peak learning rate, after 6%% of linear warm-up; decays linearly to 0"),
+    flag(
+        "--precision",
+        T | S,
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto: bf16 on a GPU that supports it, fp32 elsewhere",
+    ),
+    flag(
+        "--seed",
+        Role.SEED | S,
+        type=at_least(0),
+        default=42,
+        help="random seed for data order, dropout and adapter initialization",
+    ),
+    flag(
+        "--patience",
+        T,
+        type=at_least(0),
+        default=0,
+        help="stop after N epochs without an improvement in F1; 0: never",
+    ),
+    flag(
+        "--eval_batch_size",
+        Role.RUNNING,
+        type=at_least(1),
+        help="validation examples per batch (default: {cpu} on a CPU, {cuda} on a GPU)".format(**EVAL_BATCH_SIZE),
+    ),
+    flag("--eval_beams", T, type=at_least(1), default=1, help="beams of the evaluation after each epoch; 1 is greedy"),
+    flag("--final_beams", S | Role.MEASURE, type=at_least(1), default=5, help="beams of the final evaluation"),
+    flag(
+        "--max_input_len",
+        T | S | Role.MEASURE,
+        type=at_least(8),
+        default=256,
+        help="maximum tokens of a prompt; TweetQA's longest has 141, or 449 bytes for ByT5",
+    ),
+    flag(
+        "--max_target_len",
+        T | S | Role.MEASURE,
+        type=at_least(2),
+        default=32,
+        help="maximum tokens of an answer, in training and generation; TweetQA's longest has 33, or 69 bytes for ByT5",
+    ),
+    flag(
+        "--sem_model",
+        S | Role.MEASURE,
+        type=path_or_id,
+        default="sentence-transformers/all-MiniLM-L6-v2",
+        help="model for semantic similarity: hub id, folder, or none",
+    ),
+    flag("--max_train_samples", Role.ROWS, type=at_least(1), help="train on the first N rows only (default: all)"),
+    flag("--max_eval_samples", S, type=at_least(1), help="evaluate the first N rows of each split only (default: all)"),
+    flag(
+        "--holdout",
+        Role.ROWS | S,
+        type=at_least(0),
+        default=0,
+        help="training rows to set aside, by tweet, and score at the end",
+    ),
+    flag(
+        "--drop_leaked",
+        Role.ROWS | S,
+        action="store_true",
+        help="drop training rows whose tweet is also in validation or test",
+    ),
+    flag(
+        "--report_to",
+        Role.RUNNING,
+        choices=["tensorboard", "wandb", "trackio", "none"],
+        default="none",
+        help="experiment tracker that also receives losses, metrics, arguments and plots",
+    ),
+    flag("--push_to_hub", Role.RUNNING, metavar="REPO", help="upload the finished run to this hub repository"),
+]
+
+
+def build_parser(description, lr, save_dir, more=(), title=None):
+    """The parser of a training script.
+
+    lr, save_dir: the defaults in which the scripts differ. more: declared flags that only this script has, shown in
+    --help under `title`.
+    """
+    parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    for name, options in FLAGS:
+        parser.add_argument(name, **options)
+    group = parser.add_argument_group(title) if more else parser
+    for name, options in more:
+        group.add_argument(name, **options)
+    parser.set_defaults(lr=lr, save_dir=save_dir)
+    return parser
+
+
+# -------------------------------------------------------------------------------------------- what follows from roles
+
+
+def with_role(role, without=None):
+    """The names of the flags that have any part of `role` and no part of `without`, in the order of --help."""
+    return [name for name, own in ROLES.items() if own & role and not (without and own & without)]
+
+
+def may_differ_on_resume(name):
+    """Whether a run may be resumed with another value of this argument."""
+    return name in ROLES and not (ROLES[name] & FIXED_IN_A_RUN and not ROLES[name] & Role.INPUT)
+
+
+def sets_methods_apart(name):
+    """Whether runs with different values of this argument are different methods. A name that no flag has any more is
+    one that an older version recorded: such runs are told apart."""
+    return name not in ROLES or not ROLES[name] & (Role.RUNNING | Role.SEED)
+
+
+def as_typed(value):
+    """The value of an argument as one types it on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,374 @@
+"""The files of a run folder: written safely, and read back when the run is finished.
+
+Every file is written next to its place and then renamed, so a run that is killed at any moment leaves either the old
+file or the new one, never half of one. `checkpoint.py` writes the weights, `resume.py` what --resume needs.
+
+torch is not imported here: `compare_runs.py` reads finished runs without it.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from uuid import uuid4
+
+from safetensors import SafetensorError
+
+from pipeline.errors import InputError, RunError, one_line, reason
+from pipeline.metrics import EACH_EPOCH, METRICS
+
+# The libraries whose versions run.json records: what a result can depend on.
+LIBRARIES = [
+    *("torch", "transformers", "tokenizers", "safetensors", "datasets", "sentence-transformers", "peft", "accelerate"),
+    *("pandas", "matplotlib"),
+]
+CURVES = tuple(metric.curve for metric in METRICS if metric.curve)
+PLOTS = ("loss_curve", *CURVES, "breakdown")
+TRACKER_FOLDERS = ("tensorboard", "wandb")  # in the run folder; trackio has one place for all runs
+# Everything that a run writes at the root of its folder: what --overwrite removes. Weights come first, so that half a
+# checkpoint is never left behind. run.json, which says that the folder is a run's, is replaced instead.
+RUN_FILES = (
+    *("model.safetensors", "adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
+    *("metrics.csv", "train_loss.csv", *(f"{name}.png" for name in ("loss_curve", *CURVES))),
+    *("validation_predictions.csv", "holdout_predictions.csv", "test_predictions.csv", "test_answers.json"),
+    *("breakdown.csv", "breakdown.png", "README.md"),
+)
+# What a killed run can leave behind.
+UNRENAMED = {".tmp-last", ".tmp-checkpoint", *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
+
+
+# ----------------------------------------------------------------------------------------------- before it is written
+
+
+def check_is_free(folder, overwrite=False):
+    """Raise InputError unless a new run may be written to `folder`.
+
+    It must be new or empty; with `overwrite` it may also be the folder of a former run.
+    """
+    folder = Path(folder)
+    has_run = (folder / "run.json").is_file()
+    if has_run and not overwrite:
+        raise InputError(
+            f"--save_dir {folder} already has a run: resume it (--resume), replace it (--overwrite), or choose another"
+            " folder"
+        )
+    if not has_run and folder.is_dir() and any(path.name not in UNRENAMED for path in folder.iterdir()):
+        raise InputError(f"--save_dir {folder} contains other files: choose another folder, or empty it first")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise InputError(f"--save_dir {folder}: {nearest} is not a folder; choose another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"--save_dir {folder}: {nearest} is not writable; choose another folder")
+
+
+def check_outlives_overwriting(folder, inputs):
+    """Raise InputError if one of the inputs {argument: hub id or path} is in `folder`, which --overwrite replaces."""
+    for name, path in inputs.items():
+        if path and os.path.exists(path) and Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            raise InputError(f"--{name} {path} is inside --save_dir {folder}, which --overwrite would remove")
+
+
+def begin(folder, record):
+    """Start a new run in `folder`: remove the files of a former run, and nothing else, and write run.json."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_last(folder)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in TRACKER_FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    write_run_json(folder, record)
+
+
+def remove_last(folder):
+    """Remove last/ and whatever a killed run can have left half-written."""
+    for name in ("last", ".old-last", *UNRENAMED):
+        path = Path(folder, name)
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- write
+
+
+@contextmanager
+def writing(path):
+    """Yield a path next to `path` to write to; when that has succeeded, rename it to `path`.
+
+    Raises RunError if the disk is full, the folder has been removed, or the like; the file at `path` is unchanged then.
+    """
+    path = Path(path)
+    beside = path.with_name(f".tmp-{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(path):
+    """Yield a new folder to write to, and remove it afterwards if it still exists. Raises RunError, see `writing`."""
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()  # without its parents: a run folder that was deleted meanwhile is not created again
+        yield path
+    except (OSError, SafetensorError, RuntimeError) as error:  # safetensors, and RuntimeError from torch.save
+        raise cannot_write(path, error) from None
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def cannot_write(path, error):
+    """The RunError for a file or folder that could not be written."""
+    return RunError(f"{path} cannot be written ({one_line(error)})")
+
+
+def write_table(path, rows):
+    """Write rows (a list of dicts, or a DataFrame) as CSV. Floats are written in full, so they read back the same."""
+    import pandas as pd
+
+    with writing(path) as beside:
+        pd.DataFrame(rows).to_csv(beside, index=False, lineterminator="\n")
+
+
+def write_predictions(path, frame):
+    """Write the frame of `evaluate` as CSV; `references` becomes a JSON list, which `load_tweet_qa` can read too."""
+    references = [json.dumps(refs, ensure_ascii=False) for refs in frame["references"]]
+    write_table(path, frame.assign(references=references))
+
+
+def write_test_answers(path, rows, predictions):
+    """Write the leaderboard's file: one {"qid", "Answer"} per row, in row order, repeated qids included."""
+    answers = [{"qid": row["qid"], "Answer": text} for row, text in zip(rows, predictions, strict=True)]
+    with writing(path) as beside:
+        beside.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------- run.json
+
+
+def describe_run(method, args, model, device, prompt):
+    """What run.json says of a run from its start: a dict for `run_record`.
+
+    method: "full" or "lora". args: {name: value} of the command line. model: the model to be trained. device: its
+    device's name. prompt: the template of the model's input.
+    """
+    return {
+        "method": method,
+        "args": dict(args),
+        "prompt": prompt,
+        "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
+        "git_commit": git_commit(),
+        "run_id": uuid4().hex,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "seed": args["seed"],
+        "trainable_parameters": model.num_parameters(only_trainable=True),
+        "total_parameters": model.num_parameters(),
+    }
+
+
+def run_record(start, *, training=None, results=None, end=None):
+    """The content of run.json; what is not known yet is None.
+
+    start: from `describe_run`, or a whole record whose results are replaced. training: {name: value} known since the
+    training began. results: {"final": metrics, ...} of the final evaluation. end: {name: value} known at the end.
+    """
+    unknown = ("best_epoch", "final", "wall_time_seconds", "estimated_peak_mb", "peak_ram_mb", "peak_vram_mb")
+    later = {"finished": False, **dict.fromkeys((*unknown, "checkpoint_bytes"))}
+    return later | start | (training or {}) | (results or {}) | (end or {})
+
+
+def write_run_json(folder, record):
+    """Write run.json, see `run_record`."""
+    with writing(Path(folder, "run.json")) as beside:
+        beside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_run_json(folder):
+    """The record of the run in `folder`, or None if there is no run.json. Raises InputError if it is damaged."""
+    path = Path(folder, "run.json")
+    if not path.exists():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(run["args"], dict) or not isinstance(run["method"], str):
+            raise ValueError("not the record of a run")
+        return run
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({reason(error)})") from None
+
+
+def is_finished(run):
+    """Whether the run of this run.json has finished, so that there is nothing to resume."""
+    return run.get("finished", True)
+
+
+def git_commit():
+    """The commit of the code that runs, with "-dirty" if tracked files were changed since; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_ram_mb():
+    """The largest resident memory (MB) of this process so far; None on systems that do not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # macOS counts bytes, Linux kilobytes
+
+
+# ------------------------------------------------------------------------------------------------- read a finished run
+
+# What is read of it, for `compare_runs.py`: fields of run.json and columns of its tables.
+TEXTS = ["method", "device", "args.model_name", "args.dataset", "scoring.sem_model"]
+COUNTS = ["trainable_parameters", "total_parameters", "checkpoint_bytes", "best_epoch", "scoring.final_beams"]
+COUNTS += ["scoring.max_input_len", "scoring.max_target_len", "args.epochs"]
+NUMBERS = ["args.seed", "args.patience", "final.f1", "final.em"]
+NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{metric.name}" for metric in METRICS)]
+EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
+EXAMPLE_COLUMNS = ["qid", "question", "tweet", "references", "prediction", "question_type"]
+
+
+def read_run(folder):
+    """The finished run in `folder`: (record, epochs, examples), checked against each other.
+
+    record: run.json; its "scoring" has the arguments that the final metrics were computed with, those of a later
+    --eval_only if there was one. epochs: metrics.csv. examples: validation_predictions.csv, with the references as
+    lists and NaN for a metric that was not measured. Both are DataFrames.
+
+    Raises InputError if there is no run, or if it has not finished or its files are damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; give one that a training script wrote (--save_dir)")
+    record = read_run_json(folder)
+    if record is None:
+        problem = "is not the record of a run" if (folder / "run.json").exists() else "is missing"
+        raise InputError(f"{folder / 'run.json'} {problem}: give a folder that a training script wrote (--save_dir)")
+    _check_record(folder, record)
+
+    path, best = folder / "metrics.csv", record["best_epoch"]
+    epochs = _read_table(path, EPOCH_COLUMNS)
+    for name in EPOCH_COLUMNS:
+        epochs[name] = _numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
+    args = record["args"]
+    ended = min(args["epochs"], best + args["patience"]) if args["patience"] else args["epochs"]
+    if list(epochs["epoch"]) != list(range(1, ended + 1)):
+        raise InputError(f"{path} is truncated or was changed: it must have the epochs 1 to {ended}, in order")
+
+    path = folder / "validation_predictions.csv"
+    measured = [metric for metric in EACH_EPOCH if record["final"][metric.name] is not None]
+    examples = _read_table(path, EXAMPLE_COLUMNS + [metric.column for metric in measured])
+    examples["references"] = [_parse_references(path, *entry) for entry in enumerate(examples["references"], start=1)]
+    for metric in EACH_EPOCH:
+        mean = record["final"][metric.name]
+        if mean is None:
+            examples[metric.column] = math.nan
+            continue
+        examples[metric.column] = _numbers(path, examples[metric.column], metric.lowest, 1)
+        if not math.isclose(examples[metric.column].mean(), mean, abs_tol=1e-6):
+            found = f"the mean {metric.column} of its {len(examples)} rows is {examples[metric.column].mean():.4f}"
+            raise InputError(f"{path} is truncated or was changed: {found}, but run.json says {mean:.4f}")
+    return record, epochs, examples
+
+
+def _check_record(folder, record):
+    """Raise InputError unless run.json is that of a finished training run and has every field that is read of it."""
+
+    def is_number(value):
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    record["scoring"] = record.get("eval_only") or record["args"]
+    if isinstance(record["args"], dict) and record["args"].get("eval_only"):
+        raise InputError(f"{folder} has a checkpoint that was only scored (--eval_only), not a training run")
+    if record.get("final") is None or record.get("wall_time_seconds") is None or (folder / "last").exists():
+        raise InputError(f"{folder} has a run that is not finished: let it finish first, or leave it out")
+    held_out = ["holdout.metrics.f1"] if record.get("holdout") else []
+    for names, wanted, is_right in (
+        (TEXTS, "text", lambda value: isinstance(value, str)),
+        (COUNTS, "a number above 0", lambda value: is_number(value) and value > 0),
+        (NUMBERS + held_out, "a number", is_number),
+        (NUMBERS_OR_NULL, "a number or null", lambda value: value is None or is_number(value)),
+    ):
+        for name in names:
+            value = record
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+            if not is_right(value):
+                name = name.replace("scoring", "eval_only" if record.get("eval_only") else "args")
+                raise InputError(f"{folder / 'run.json'}: {name} must be {wanted}, not {json.dumps(value):.80}")
+    if record["method"] not in ("full", "lora"):
+        raise InputError(f"{folder / 'run.json'}: method must be full or lora, not {record['method']!r:.80}")
+    record["final"] = {metric.name: record["final"].get(metric.name) for metric in METRICS}  # null if missing
+
+
+def _read_table(path, columns):
+    """`columns` of a CSV file that a run wrote, as text. Raises InputError unless the file is there and complete."""
+    import pandas as pd
+
+    try:
+        text = path.read_bytes().decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(reader)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: the run folder is incomplete") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is truncated or was changed ({error})") from None
+    missing = [name for name in columns if name not in (reader.fieldnames or [])]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]}: it is truncated or was changed")
+    broken = [number for number, row in enumerate(rows, start=1) if None in row or None in row.values()]
+    if broken or not rows or not text.endswith("\n"):
+        raise InputError(f"{path} is truncated or was changed: row {broken[0] if broken else len(rows)} is incomplete")
+    return pd.DataFrame(rows)[columns]
+
+
+def _numbers(path, column, low, high):
+    """A column of `_read_table` as floats. Raises InputError if one is not a number from `low` to `high`."""
+    import numpy as np
+    import pandas as pd
+
+    values = pd.to_numeric(column, errors="coerce").to_numpy(float)
+    wrong = np.flatnonzero(~(np.isfinite(values) & (values >= low) & (values <= high)))
+    if len(wrong):
+        raise InputError(f"{path}, row {wrong[0] + 1}: {column.name} cannot be {column[wrong[0]]!r:.80}")
+    return values
+
+
+def _parse_references(path, number, text):
+    """The references of row `number`: a list of strings, written as JSON."""
+    try:
+        references = json.loads(text)
+        if references and isinstance(references, list) and all(isinstance(each, str) for each in references):
+            return references
+    except (ValueError, RecursionError):
+        pass
+    raise InputError(f"{path}, row {number}: references must be a list of texts as JSON, not {text!r:.80}")
