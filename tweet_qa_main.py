@@ -26,6 +26,7 @@ from pathlib import Path
 
 # torch reads this when it allocates its first large tensor: huge pages are faster to obtain.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+import pipeline  # noqa: F401, I001 (before the libraries, which look for the home folder)
 
 import torch
 from accelerate import Accelerator
@@ -45,12 +46,12 @@ from helper_functions import (
     quiet_libraries,
     train_loader,
 )
-from pipeline import checkpoint, devices, figures, interrupts, memory, publish, resume, run_folder, trackers
+from pipeline import checkpoint, devices, figures, interrupts, lock, memory, publish, resume, run_folder, trackers
 from pipeline.arguments import DEFAULT_MODEL, EVAL_BATCH_SIZE, build_parser
-from pipeline.console import describe
+from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
 from pipeline.fast_cpu import keep_memory, use_fast_dropout
-from pipeline.leaderboard import with_leaderboard_scores
+from pipeline.leaderboard import check_leaderboard, with_leaderboard_scores
 from pipeline.metrics import metrics_line
 from pipeline.resume import LoopState
 from pipeline.step_plan import StepPlan
@@ -71,6 +72,7 @@ def run_from_command_line(parser, argv=None, wrap=None):
 
     wrap: None to train every weight, or a function (model, args) -> PeftModel.
     """
+    show_any_character()
     args = parser.parse_args(argv)
     method = "lora" if wrap else "full"
     try:
@@ -106,6 +108,7 @@ class Setup:
     tokenizer: object
     loaders: dict  # {"train", "validation" and, where there are rows, "holdout", "test": DataLoader}
     held_out: list  # the numbers of the held-out rows in the train file, counted from 0
+    content: dict  # {argument: hash of what its path or hub id holds}
     sem_model: object  # a SentenceTransformer in the main process, or None
     say: object  # print in the main process, nothing in the others
 
@@ -124,10 +127,12 @@ def run(args, wrap=None):
     trackers.check_tracker(args.report_to)
     if args.push_to_hub is not None:
         publish.check_can_push(args.push_to_hub)
-    if args.eval_only:
-        evaluate_only(args)
-    else:
-        train_and_evaluate(args, wrap, started)
+    # Of several processes the first one holds the lock for all.
+    with lock.only_writer(args.save_dir) if devices.is_first_process() else nullcontext():
+        if args.eval_only:
+            evaluate_only(args)
+        else:
+            train_and_evaluate(args, wrap, started)
 
 
 def train_and_evaluate(args, wrap, started):
@@ -136,10 +141,10 @@ def train_and_evaluate(args, wrap, started):
     former, saved = resume.former_run(args, method)
     if former and run_folder.is_finished(former):
         return resume.say_nothing_to_resume(args)
-    setup, model, weights, note = set_up(args, lambda args: fresh_model(args, wrap))
+    setup, model, note = set_up(args, lambda args: fresh_model(args, wrap))
     args, accelerator = setup.args, setup.accelerator
-    start = run_folder.describe_run(method, vars(args), model, devices.device_name(accelerator.device), PROMPT)
-    start["identity"] = resume.identity(setup.loaders, weights, accelerator)
+    start = run_folder.describe_run(setup, method, model, PROMPT)
+    start["identity"] = resume.identity(setup)
     if former:
         start |= resume.same_start(folder, former, start["identity"])
     if saved:
@@ -204,7 +209,7 @@ def evaluate_only(args):
     if former and former.get("prompt", PROMPT) != PROMPT:
         raise InputError(f"--save_dir {folder} was trained with another prompt, {former['prompt']!r}: restore PROMPT")
     base_dtype = getattr(args, "base_dtype", "fp32")
-    setup, model, _, note = set_up(
+    setup, model, note = set_up(
         args, lambda args: (*checkpoint.load_checkpoint(folder, args.model_name, base_dtype=base_dtype), None)
     )
     args = setup.args
@@ -214,15 +219,14 @@ def evaluate_only(args):
         record = former
     else:  # a checkpoint of another origin: there is no run to resume
         method = "lora" if hasattr(model, "peft_config") else "full"
-        start = run_folder.describe_run(
-            method, vars(args), model, devices.device_name(setup.accelerator.device), PROMPT
-        )
+        start = run_folder.describe_run(setup, method, model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
     describe(setup, record, folder, note)
     results = final_evaluation(setup, model, record["best_epoch"])
     if setup.accelerator.is_main_process:
         # "args" stays as the checkpoint was trained; "eval_only" is what the new results were computed with.
-        record = run_folder.run_record(record, results=results, end={"eval_only": vars(args)})
+        end = {"eval_only": vars(args) | {"content": setup.content}}
+        record = run_folder.run_record(record, results=results, end=end)
         with interrupts.deferred():
             if args.push_to_hub and record["best_epoch"]:
                 publish.write_model_card(folder, record)
@@ -231,7 +235,7 @@ def evaluate_only(args):
 
 
 def set_up(args, load):
-    """What both kinds of run need: (Setup, model, hash of the weights it starts from, line about the data).
+    """What both kinds of run need: (Setup, model, line about the data).
 
     load: a function (args) -> (model, tokenizer, hash). The args of the Setup have the defaults that depend on the
     device.
@@ -241,21 +245,26 @@ def set_up(args, load):
     eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device.type, EVAL_BATCH_SIZE["cpu"])
     model_name = args.model_name or (None if args.eval_only else DEFAULT_MODEL)
     args = argparse.Namespace(**vars(args) | {"eval_batch_size": eval_batch_size, "model_name": model_name})
-    rows, held_out, note = select_rows(args)
+    selected = select_rows(args)
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
+    if accelerator.is_main_process and not check_leaderboard():
+        print("note: METEOR will be left out: it needs Java, which does not run here")
     set_seed(args.seed)
     model, tokenizer, weights = load(args)
+    content = {"model_name": weights, "dataset": selected.sha256}
+    content["sem_model"] = checkpoint.weights_sha256(sem_model) if sem_model else None
     setup = Setup(
         args=args,
         folder=Path(args.save_dir),
         accelerator=accelerator,
         tokenizer=tokenizer,
-        loaders=make_loaders(rows, tokenizer, args, accelerator),
-        held_out=held_out,
+        loaders=make_loaders(selected.rows, tokenizer, args, accelerator),
+        held_out=selected.held_out,
+        content={name: value for name, value in content.items() if value},
         sem_model=sem_model,
         say=accelerator.on_main_process(print),
     )
-    return setup, model, weights, note
+    return setup, model, selected.note
 
 
 def fresh_model(args, wrap, cached=False):
@@ -586,8 +595,6 @@ def final_evaluation(setup, model, best_epoch):
         results[title] = {"rows": setup.held_out, "metrics": metrics} if role == "holdout" else metrics
         run_folder.write_predictions(folder / f"{role}_predictions.csv", frame)
     metrics, frame = scored["validation"]
-    if metrics["meteor"] is None:
-        say("note: METEOR is left out: it needs Java, which does not run here")
     figures.write_breakdown(folder, frame, metrics["f1"])
     return results
 

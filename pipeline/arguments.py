@@ -195,7 +195,7 @@ FLAGS = [
     ),
     flag(
         "--sem_model",
-        S | Role.MEASURE,
+        Role.INPUT | S | Role.MEASURE,
         type=path_or_id,
         default="sentence-transformers/all-MiniLM-L6-v2",
         help="model for semantic similarity: hub id, folder, or none",

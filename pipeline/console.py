@@ -1,8 +1,19 @@
 """What a run prints about its input before it trains or scores: data, model, device, and what had to be cut."""
 
+import sys
+from contextlib import suppress
+
 from pipeline.text import tweet_key
 
 ROLES = ("train", "validation", "holdout", "test")
+
+
+def show_any_character():
+    """Let a console that is not UTF-8 show "?" in place of a character that it does not have. By default Python raises
+    an error in the middle of a run."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # a notebook's streams, a closed one
+            stream.reconfigure(errors="replace")
 
 
 def describe(setup, record, model_name, note):

@@ -6,7 +6,6 @@ The training loop saves it after each epoch, and every --save_every steps.
 import copy
 import hashlib
 import json
-import os
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +25,8 @@ from pipeline.run_folder import (
     remove_last,
     writing_folder,
 )
+
+SIMILARITY = "similarity model (--sem_model)"  # a name of `identity`
 
 
 @dataclass
@@ -192,22 +193,22 @@ def _cannot_resume(path, error):
     return InputError(f"{path} cannot be resumed from ({reason(error)}); --overwrite starts the run again")
 
 
-def identity(loaders, weights, accelerator):
-    """What must be the same when a run is resumed, besides its arguments.
+def identity(setup):
+    """What must be the same when a run is resumed, besides its arguments: {name: a value for JSON}.
 
-    loaders: {role: DataLoader over a TweetQADataset}. weights: the `weights_sha256` of the model it starts from.
-    Returns {name: a value for JSON}.
+    setup: the run's Setup.
     """
     rows = {}
-    for role, loader in loaders.items():
+    for role, loader in setup.loaders.items():
         data = loader.dataset
         content = json.dumps([data.rows, data.input_ids, data.labels]).encode()
         rows[f"{role} rows (--dataset)"] = hashlib.sha256(content).hexdigest()
     return rows | {
-        "weights (--model_name)": weights,
-        "precision": accelerator.mixed_precision,
-        "number of processes": accelerator.num_processes,
-        **({"sharding": "FSDP2"} if accelerator.is_fsdp2 else {}),
+        "weights (--model_name)": setup.content["model_name"],
+        "precision": setup.accelerator.mixed_precision,
+        "number of processes": setup.accelerator.num_processes,
+        **({"sharding": "FSDP2"} if setup.accelerator.is_fsdp2 else {}),
+        **({SIMILARITY: setup.content["sem_model"]} if "sem_model" in setup.content else {}),
     }
 
 
@@ -222,7 +223,7 @@ def former_run(args, method):
         return former, None if is_finished(former) else read_loop(folder)
     check_is_free(folder, args.overwrite)
     if args.overwrite:
-        inputs = {name: getattr(args, name) for name in (*with_role(Role.INPUT), "sem_model")}
+        inputs = {name: getattr(args, name) for name in with_role(Role.INPUT)}
         check_outlives_overwriting(folder, inputs)
     return None, None
 
@@ -241,15 +242,14 @@ def check_can_resume(folder, method, args):
     differing = [
         f"--{name} {as_typed(value)} (was {as_typed(run['args'][name])})"
         for name, value in args.items()
-        if not may_differ_on_resume(name) and name in run["args"] and run["args"][name] != value
+        if name in run["args"] and run["args"][name] != value
+        if not may_differ_on_resume(name) or (name == "sem_model" and SIMILARITY not in run.get("identity", {}))
     ]
     if differing:
         raise InputError(
             f"--save_dir {folder} was started with different settings ({', '.join(differing)}): repeat them, or choose"
             " another folder"
         )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--save_dir {folder} is not writable")
     return run
 
 
@@ -262,7 +262,8 @@ def same_start(folder, former, now):
     differing = []
     for name in {**before, **now}:
         then, new = before.get(name), now.get(name)
-        if then != new:
+        # Only the main process loads the similarity model, and older versions did not record what it holds.
+        if then != new and not (name == SIMILARITY and None in (then, new)):
             is_hash = len(str(then)) == len(hashlib.sha256().hexdigest())
             differing.append(name if is_hash or then is None else f"{name} (was {then}, is {new})")
     if differing:
