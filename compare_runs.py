@@ -68,9 +68,9 @@ class Run:
 
     @property
     def arguments(self):
-        """{name: value} of what sets it apart from other methods: arguments, and the prompt's template if recorded."""
+        """{name: value} of what sets it apart from other methods: arguments, and the prompt's template."""
         arguments = {name: value for name, value in self.record["args"].items() if sets_methods_apart(name)}
-        return arguments | ({"prompt": self.record["prompt"]} if "prompt" in self.record else {})
+        return arguments | {"prompt": self.record["prompt"].replace("\n", "\\n")}
 
     @property
     def content(self):

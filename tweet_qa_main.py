@@ -206,7 +206,7 @@ def evaluate_only(args):
     folder = Path(args.save_dir)
     checkpoint.check_has_checkpoint(folder)
     former = run_folder.read_run_json(folder)
-    if former and former.get("prompt", PROMPT) != PROMPT:
+    if former and former["prompt"] != PROMPT:
         raise InputError(f"--save_dir {folder} was trained with another prompt, {former['prompt']!r}: restore PROMPT")
     base_dtype = getattr(args, "base_dtype", "fp32")
     setup, model, note = set_up(

@@ -1,9 +1,10 @@
-"""Ask both of the demo's runs the same questions: `python demo/ask.py`, after `make demo`."""
+"""Ask both runs of the demo the same questions. `make demo` runs it at the end; later: `python demo/ask.py`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks beside it only
+# For the imports below: Python searches only the folder of the script it runs.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helper_functions import answer, load_tweet_qa, quiet_libraries  # noqa: E402
 from pipeline.checkpoint import load_checkpoint  # noqa: E402

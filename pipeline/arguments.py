@@ -69,24 +69,22 @@ def at_least(low):
     return parse
 
 
-def positive_float(text):
-    """An argparse type: a finite number above 0."""
-    try:
-        if 0 < float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number above 0, not {text!r}")
+def number(is_right, what):
+    """An argparse type: a number for which the function `is_right` is true; `what` says which numbers those are."""
+
+    def parse(text):
+        try:
+            if is_right(float(text)):
+                return float(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be a number {what}, not {text!r}")
+
+    return parse
 
 
-def rate(text):
-    """An argparse type: a number from 0 up to, but not including, 1."""
-    try:
-        if 0 <= float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number of at least 0 and below 1, not {text!r}")
+positive_float = number(lambda x: 0 < x < math.inf, "above 0")
+rate = number(lambda x: 0 <= x < 1, "of at least 0 and below 1")
 
 
 def path_or_id(text):

@@ -43,6 +43,7 @@ RUN_FILES = (
     *("validation_predictions.csv", "holdout_predictions.csv", "test_predictions.csv", "test_answers.json"),
     *("breakdown.csv", "breakdown.png", "README.md"),
 )
+FIRST_PROMPT = "Question: {question}\nTweet: {tweet}\nAnswer:"  # of the runs that did not record theirs
 # What a killed run can leave behind.
 UNRENAMED = {".tmp-last", ".tmp-checkpoint", *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
 
@@ -229,7 +230,7 @@ def read_run_json(folder):
         run = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(run["args"], dict) or not isinstance(run["method"], str):
             raise ValueError("not the record of a run")
-        return run
+        return {"prompt": FIRST_PROMPT} | run
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)})") from None
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 from conftest import PROJECT, run_script
 
 sys.path.insert(0, str(PROJECT / "demo"))
-import make_demo
+import make_tweets
+import pretrain
+import pretraining_text
 
 from helper_functions import load_tweet_qa, normalize_answer, question_type
 
@@ -27,7 +30,7 @@ def splits():
 
 
 def test_the_tweets_are_what_their_generator_writes(tmp_path):
-    make_demo.make_tweets(tmp_path / "tweets", seed=0)
+    make_tweets.write_tweets(tmp_path / "tweets", seed=0)
     for split in ("train", "validation", "test"):
         assert (tmp_path / "tweets" / f"{split}.json").read_bytes() == (TWEETS / f"{split}.json").read_bytes()
     assert len(list(TWEETS.iterdir())) == 3
@@ -37,9 +40,9 @@ def test_no_name_of_validation_or_test_stands_in_train(splits):
     train = " ".join(" ".join([row["Question"], row["Tweet"], *row["Answer"]]) for row in splits["train"]).lower()
     train_words = set(re.findall(r"[^\W_]+", train))
     glued = " ".join(re.findall(r"[@#]\w+", train))  # names stand in handles and hashtags without spaces
-    names = make_demo.split_names(make_demo.read("words.json")["entities"], make_demo.random.Random(0))
+    names = make_tweets.split_names(make_tweets.read("words.json")["entities"], random.Random(0))
     unseen = {name.lower() for split in ("validation", "test") for kind in names[split].values() for name in kind}
-    handwritten = " ".join(entry["tweet"] for entry in make_demo.read("handwritten.json"))
+    handwritten = " ".join(entry["tweet"] for entry in make_tweets.read("handwritten.json"))
     # In the hand-written rows a name is a capital letter that no sentence begins with.
     unseen |= {name.lower() for name in re.findall(r"(?<=[a-z,@] )@?([A-Z][a-z]{4,})", handwritten)}
     unseen -= set("saturday tuesday october january".split())
@@ -53,7 +56,7 @@ def test_the_sample_is_like_tweet_qa(splits):
     assert all(len(row["Answer"]) == 2 for row in splits["validation"])
     asked = Counter(question_type(row["Question"]) for row in splits["validation"])
     assert all(asked[word] >= 3 for word in ("what", "who", "how", "where", "why", "which", "when", "whose"))
-    handwritten = {entry["tweet"] for entry in make_demo.read("handwritten.json")}
+    handwritten = {entry["tweet"] for entry in make_tweets.read("handwritten.json")}
     assert sum(row["Tweet"] in handwritten for row in splits["validation"]) >= 60
     for rows in splits.values():  # abstractive, as TweetQA is, but less so
         spans = [normalize_answer(row["Answer"][0]) in normalize_answer(row["Tweet"]) for row in rows]
@@ -64,11 +67,11 @@ def test_the_sample_is_like_tweet_qa(splits):
 @pytest.mark.slow
 def test_pretraining_runs_and_learns(tmp_path):
     """Each command on a few steps: tokenizer, model, all stages, log and curve; and the loss falls."""
-    make_demo.main(["tokenizer", "--out", str(tmp_path / "tokenizer")])
+    pretrain.main(["tokenizer", "--out", str(tmp_path / "tokenizer")])
     made, shipped = (json.loads((p / "tokenizer.json").read_text()) for p in (tmp_path / "tokenizer", CHECKPOINT))
     pieces, expected = ({piece for piece, _ in each["model"]["vocab"]} for each in (made, shipped))
     assert len(pieces) == 2000 and len(pieces & expected) >= 1990  # ties may fall otherwise, see make_tokenizer
-    make_demo.main(["pretrain", "--out", str(tmp_path / "tiny"), "--steps", "12"])
+    pretrain.main(["model", "--out", str(tmp_path / "tiny"), "--steps", "12"])
     log = pd.read_csv(tmp_path / "tiny" / "pretraining_log.csv")
     assert log["step"].tolist() == list(range(3, 49, 3))
     assert log["stage"].tolist() == [stage for stage in (1, 2, 3, 4) for _ in range(4)]
@@ -81,9 +84,9 @@ def test_pretraining_runs_and_learns(tmp_path):
 
 
 def test_pretraining_never_reads_a_name_of_the_sample():
-    names = make_demo.split_names(make_demo.read("words.json")["entities"], make_demo.random.Random(0))
+    names = make_tweets.split_names(make_tweets.read("words.json")["entities"], random.Random(0))
     known = {name.lower() for part in names.values() for kind in ("first", "last", "place") for name in part[kind]}
-    text = make_demo.PretrainingText(make_demo.random.Random(1), stage=2)
+    text = pretraining_text.PretrainingText(random.Random(1), stage=2)
     read = {word for _ in range(1000) for word in re.findall(r"\w+", " ".join(text.draw(0)).lower())}
     assert len(known) > 150 and len(read) > 3000
     assert not known & read
