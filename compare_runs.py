@@ -72,11 +72,19 @@ class Run:
         arguments = {name: value for name, value in self.record["args"].items() if sets_methods_apart(name)}
         return arguments | {"prompt": self.record["prompt"].replace("\n", "\\n")}
 
+    def typed(self, name):
+        """The value of an argument as one types it, or "-"; of the optimizer its class."""
+        if name == "optimizer":
+            return self.record["optimizer"]["class"]
+        return as_typed(self.arguments.get(name, "-"))
+
     @property
     def content(self):
-        """{argument: hash} of what a path or hub id of the arguments holds, as far as it is recorded."""
+        """{argument: hash} of what each path or hub id holds, and the optimizer, as far as they are recorded."""
         weights = self.record.get("identity", {}).get("weights (--model_name)")
-        return ({"model_name": weights} if weights else {}) | self.record.get("content", {})
+        content = ({"model_name": weights} if weights else {}) | self.record.get("content", {})
+        optimizer = self.record.get("optimizer")
+        return content | ({"optimizer": json.dumps(optimizer, sort_keys=True)} if optimizer else {})
 
 
 def run_folders(given):
@@ -180,17 +188,16 @@ def label(run, runs):
     same_method = [other for other in runs if other.record["method"] == run.record["method"]]
     names = [*(name for name in differing(runs) if name == "model_name")]
     names += [name for name in differing(same_method) if name != "model_name"]
-    told = ", ".join(f"{name} {as_typed(run.arguments.get(name, '-'))}" for name in names)
+    told = ", ".join(f"{name} {run.typed(name)}" for name in names)
     return METHODS[run.record["method"]] + (f" ({told})" if told else "")
 
 
 def differing(runs):
     """{name: its values} of the arguments that set methods apart and are not the same for all runs."""
     names = dict.fromkeys(name for run in runs for name in run.arguments)
-    values = {name: [as_typed(run.arguments.get(name, "-")) for run in runs] for name in names}
+    values = {name: [run.typed(name) for run in runs] for name in names}
     values |= {name: [run.content[name] for run in runs] for name in known_content(runs)}
-    different = [name for name, each in values.items() if len(set(each)) > 1]
-    return {name: [as_typed(run.arguments.get(name, "-")) for run in runs] for name in different}
+    return {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
 
 
 def known_content(runs):

@@ -47,7 +47,7 @@ from helper_functions import (
     train_loader,
 )
 from pipeline import checkpoint, devices, figures, interrupts, lock, memory, publish, resume, run_folder, trackers
-from pipeline.arguments import DEFAULT_MODEL, EVAL_BATCH_SIZE, build_parser
+from pipeline.arguments import build_parser, with_defaults
 from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
 from pipeline.fast_cpu import keep_memory, use_fast_dropout
@@ -146,7 +146,7 @@ def train_and_evaluate(args, wrap, started):
     start = run_folder.describe_run(setup, method, model, PROMPT)
     start["identity"] = resume.identity(setup)
     if former:
-        start |= resume.same_start(folder, former, start["identity"])
+        start |= resume.same_start(folder, former, start)
     if saved:
         started -= saved.state.wall_seconds
         if saved.state.best_epoch:
@@ -242,17 +242,15 @@ def set_up(args, load):
     """
     accelerator = devices.make_accelerator(args)
     device = accelerator.device
-    eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device.type, EVAL_BATCH_SIZE["cpu"])
-    model_name = args.model_name or (None if args.eval_only else DEFAULT_MODEL)
-    args = argparse.Namespace(**vars(args) | {"eval_batch_size": eval_batch_size, "model_name": model_name})
+    args = with_defaults(args, device.type)
     selected = select_rows(args)
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
-    if accelerator.is_main_process and not check_leaderboard():
-        print("note: METEOR will be left out: it needs Java, which does not run here")
+    if accelerator.is_main_process:
+        check_leaderboard()
     set_seed(args.seed)
     model, tokenizer, weights = load(args)
-    content = {"model_name": weights, "dataset": selected.sha256}
-    content["sem_model"] = checkpoint.weights_sha256(sem_model) if sem_model else None
+    similarity = checkpoint.weights_sha256(sem_model) if sem_model else None
+    content = {"model_name": weights, "dataset": selected.sha256, "sem_model": similarity}
     setup = Setup(
         args=args,
         folder=Path(args.save_dir),
@@ -299,6 +297,7 @@ def train(setup, model, plan, *, start, started, saved=None):
     state = saved.state if saved else LoopState(batch_size=plan.batch_size)
     prepared, known = prepare(setup, model, plan)
     if saved:
+        resume.check_optimizer(folder, saved, prepared.optimizer)
         resume.load_last(folder, accelerator, prepared.model, prepared.optimizer)
         prepared.schedule.load_state_dict(saved.schedule)
     sharded = ""
@@ -363,6 +362,7 @@ def prepare(setup, model, plan):
         # One module in place of three with the same weight, of which only one could be sharded.
         model.set_input_embeddings(model.get_input_embeddings())
     optimizer, schedule = build_optimizer(model, args.lr, plan.total_steps)
+    known["optimizer"] = resume.describe_optimizer(optimizer)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if accelerator.num_processes > 1:  # each process draws its own dropout

@@ -240,6 +240,13 @@ def build_parser(description, lr, save_dir, more=(), title=None):
     return parser
 
 
+def with_defaults(args, device):
+    """The arguments with the defaults that only a started run knows. device: "cpu", "cuda", ..."""
+    eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device, EVAL_BATCH_SIZE["cpu"])
+    model_name = args.model_name or (None if args.eval_only else DEFAULT_MODEL)  # an adapter names its base
+    return argparse.Namespace(**vars(args) | {"eval_batch_size": eval_batch_size, "model_name": model_name})
+
+
 # -------------------------------------------------------------------------------------------- what follows from roles
 
 

@@ -7,9 +7,12 @@ what to do. What is not checked would give figures that are silently wrong.
 import json
 import re
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForSeq2SeqLM
 
 from pipeline.errors import InputError, reason
 
@@ -46,11 +49,12 @@ NETWORK = (
     *("initializer_factor", "tie_word_embeddings", "scale_decoder_outputs", "tokenizer_class"),
     *("local_radius", "global_block_size", "encoder_attention_type"),  # LongT5's
 )
+TOKENIZER_FILES = "tokenizer_config.json, and tokenizer.json or spiece.model"
 PICKLED = ("pytorch_model*.bin", "adapter_model.bin")
 CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; save_file({name: weight.clone().contiguous()"
-    " for path in sys.argv[2:] for name, weight in torch.load(path, map_location='cpu', weights_only=True).items()},"
-    " sys.argv[1], {'format': 'pt'})"
+    ' for path in sys.argv[2:] for name, weight in torch.load(path, map_location="cpu", weights_only=True).items()},'
+    ' sys.argv[1], {"format": "pt"})'
 )
 
 
@@ -90,23 +94,36 @@ def network(config):
     return {name: config[name] for name in NETWORK if config.get(name) is not None}
 
 
-def check_weight_files(where, folder, config):
-    """Check the weights in a folder before the model is built: their format, and as many layers as config.json says.
+def check_weight_files(where, folder, config, tied):
+    """Check the weights in a folder against config.json: as many layers, the same shapes, embeddings and lm_head.
 
-    config: the transformers config. A layer too many or too few would otherwise be left out or built at random, and a
-    number such as 10**9 would be built until the memory is full. Returns the names of the weights.
+    config: the transformers config. tied: whether config.json says that lm_head is the embeddings' weight.
+    transformers leaves out a layer too many, ties whatever is missing, and would build 10**9 layers.
     """
-    names = set()
+    shapes = {}
     for path in weight_files(where, folder):
-        names |= {*weight_names(where, path)}
+        shapes |= weight_shapes(where, path)
     for side, layers in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        found = {match[1] for name in names if (match := re.match(rf"{side}\.block\.(\d+)\.", name))}
+        found = {match[1] for name in shapes if (match := re.match(rf"{side}\.block\.(\d+)\.", name))}
         if len(found) != layers:
             raise InputError(
                 f"{where}: its weights have {len(found)} {side} layers, but its config.json says {layers}: one of the"
                 " two files is of another model"
             )
-    return names
+    with torch.device("meta"):
+        expected = AutoModelForSeq2SeqLM.from_config(config).state_dict()
+    for name in sorted(shapes.keys() & expected.keys()):
+        if shapes[name] != list(expected[name].shape):
+            raise InputError(
+                f"{where}: its weights do not fit its config.json: {name} has the shape {shapes[name]}, not"
+                f" {list(expected[name].shape)}"
+            )
+    embeddings, head = {"shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}, "lm_head.weight"
+    if not embeddings & shapes.keys() and not (tied and head in shapes):
+        raise InputError(f"{where}: its weights lack shared.weight")
+    # LongT5's checkpoints say that they are not tied, and have the embeddings alone.
+    if not tied and head not in shapes and config.model_type != "longt5":
+        raise InputError(f"{where}: its weights lack {head}, which is not tied as its config.json says")
 
 
 def weight_files(where, folder):
@@ -129,33 +146,79 @@ def weight_files(where, folder):
     return files
 
 
-def weight_names(where, path):
-    """The names of the weights in a safetensors file, whose header is checked against the file's size."""
-    from safetensors import safe_open
-
+def weight_shapes(where, path):
+    """{name: shape as a list} of a safetensors file, whose header is checked against the file's size."""
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except Exception as error:
         raise InputError(f"{where}: {path.name} is damaged or incomplete ({reason(error)})") from None
 
 
 def check_not_pickled(where, folder, wanted):
-    """Raise InputError with the command that converts pickled weights in `folder`, if there are any.
+    """Raise InputError with the command that converts the pickled weights in `folder`, if there are any.
 
     wanted: the path of the safetensors file to be made. Pickled files can run code when they are read, so this project
     never reads them. The command reads them with weights_only=True, which refuses code.
     """
     files = sorted(path for pattern in PICKLED for path in Path(folder).glob(pattern))
     if files:
-        command = shlex.join(["python", "-c", CONVERT, str(wanted), *map(str, files)])
+        raise InputError(f"{pickled(where, files[0].name)}: convert it first, with: {convert_command(wanted, files)}")
+
+
+def check_not_pickled_on_hub(where, repo):
+    """The same for a hub id whose weights could not be downloaded: the command also downloads them."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    names = [name for name in HfApi().list_repo_files(repo) if any(fnmatch(name, pattern) for pattern in PICKLED)]
+    if names:
+        folder = Path(repo.split("/")[-1])
+        download = shlex.join(["hf", "download", repo, "--local-dir", str(folder)])
+        convert = convert_command(folder / "model.safetensors", [folder / name for name in sorted(names)])
         raise InputError(
-            f"{where}: its weights are pickled ({files[0].name}), and a pickled file can run code when it is read:"
-            f" convert it first, with: {command}"
+            f"{pickled(where, min(names))}: download and convert it first, with: {download} && {convert}; then give the"
+            f" folder {folder}"
         )
 
 
+def pickled(where, name):
+    return f"{where}: its weights are pickled ({name}), and a pickled file can run code when it is read"
+
+
+def convert_command(wanted, files):
+    return shlex.join(["python", "-c", CONVERT, str(wanted), *map(str, files)])
+
+
 # --------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def check_can_read_vocabulary(where, folder):
+    """Check that a vocabulary in sentencepiece's format, the only one in older T5 checkpoints, can be read."""
+    path = folder / "spiece.model"
+    if not path.is_file() or (folder / "tokenizer.json").is_file():
+        return
+    try:
+        import google.protobuf  # noqa: F401 (transformers needs it)
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise InputError(f"{where}: to read its {path.name}, pip install sentencepiece protobuf") from None
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except Exception as error:
+        raise InputError(f"{where}: its {path.name} is damaged ({reason(error)})") from None
+
+
+def reads_as_written(tokenizer, path):
+    """Whether a tokenizer gives the ids that the tokenizer.json at `path` gives, on a text with all that can differ."""
+    from tokenizers import Tokenizer
+
+    written = Tokenizer.from_file(str(path))
+    written.no_truncation()
+    written.no_padding()
+    text = " Who WON 2-1?  The caf\u00e9's 3rd @nba\u2026\n\u2460 \ufb01\tx \U0001f600 who won, 1945?"
+    return tokenizer(text).input_ids == written.encode(text).ids
 
 
 def check_tokenizer(where, tokenizer, config):
@@ -167,16 +230,17 @@ def check_tokenizer(where, tokenizer, config):
     text = "who won"
     ids = tokenizer(text).input_ids
     if tokenizer.decode(ids, skip_special_tokens=True).strip() != text:
-        files = "tokenizer_config.json, and tokenizer.json or spiece.model"
-        raise InputError(f"{where}: its tokenizer files are missing or damaged ({files})")
+        raise InputError(f"{where}: its tokenizer files are missing or damaged ({TOKENIZER_FILES})")
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     if pad is None or eos is None or pad == eos:
         raise InputError(f"{where}: its tokenizer must have a pad token and, apart from it, an end token, as T5's has")
-    for encoded in (ids, tokenizer(text_target=text).input_ids, tokenizer(text, truncation=True, max_length=2).input_ids):
+    targets, cut = tokenizer(text_target=text).input_ids, tokenizer(text, truncation=True, max_length=2).input_ids
+    unknown = tokenizer(f"{text} \ue000 \U0010fffd").input_ids  # private characters, which no vocabulary has
+    for encoded in (ids, targets, cut, unknown):
         if encoded[-1] != eos or encoded.count(eos) != 1:
             raise InputError(
-                f"{where}: its tokenizer does not end each text with {tokenizer.eos_token}, so a model would never learn"
-                ' where an answer ends (check "post_processor" in tokenizer.json): use the original tokenizer'
+                f"{where}: its tokenizer does not end each text with {tokenizer.eos_token}, so no model can learn where"
+                ' an answer ends (check "post_processor" in tokenizer.json): use the original tokenizer'
             )
     for name, value in (("pad_token_id", pad), ("eos_token_id", eos)):
         said = config.get(name)
@@ -217,7 +281,7 @@ def check_model(where, model, tokenizer, report):
             raise InputError(f"{where}: its weights are damaged ({name} has values that are not finite numbers)")
     if not 0 <= model.config.dropout_rate < 1:
         raise InputError(f"{where}: dropout_rate {model.config.dropout_rate} in its config.json is not below 1")
-    tied, scaled = head is embeddings, scales_output(where, model, tokenizer)
+    tied, scaled = head is embeddings, check_pass(where, model, tokenizer)
     if scaled and not tied:
         if model.config.model_type == "umt5":
             raise InputError(
@@ -231,8 +295,8 @@ def check_model(where, model, tokenizer, report):
     return tied, scaled
 
 
-def scales_output(where, model, tokenizer):
-    """Whether the model scales what it feeds to lm_head. One pass on a short text, whose logits must be finite."""
+def check_pass(where, model, tokenizer):
+    """Check that one pass gives finite logits. Returns whether the model scales what it feeds to lm_head."""
     seen = {}
     hooks = [
         model.get_decoder().register_forward_hook(lambda module, inputs, out: seen.update(out=out.last_hidden_state)),
@@ -246,5 +310,5 @@ def scales_output(where, model, tokenizer):
         for hook in hooks:
             hook.remove()
     if not torch.isfinite(logits).all():
-        raise InputError(f"{where}: the model gives values that are not finite numbers: its files are damaged")
+        raise InputError(f"{where}: its output is not finite numbers: its files are damaged")
     return not torch.equal(seen["out"], seen["fed"])

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -63,6 +63,7 @@ class Saved:
 
     state: LoopState
     schedule: dict  # the state of the learning rate's schedule
+    optimizer: dict | None = None  # see `describe_optimizer`; None if an older version started the run
 
 
 def save_last(folder, accelerator, loop, model=None, optimizer=None):
@@ -97,6 +98,28 @@ def save_last(folder, accelerator, loop, model=None, optimizer=None):
                 shutil.rmtree(older, ignore_errors=True)
     finally:
         hook.remove()
+
+
+def describe_optimizer(optimizer):
+    """What run.json says of an optimizer: its class and the settings of its groups of weights, without learning rates.
+
+    torch restores the settings together with the state: a resumed run would use those it was started with.
+    """
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__name__, "groups": json.loads(json.dumps(groups, default=str))}
+
+
+def check_optimizer(folder, saved, optimizer):
+    """Raise InputError if a resumed run's optimizer is not the one that it was started with."""
+    now = describe_optimizer(optimizer)
+    if saved.optimizer not in (None, now):
+        raise InputError(
+            f"--save_dir {folder} was started with another optimizer or other settings ({saved.optimizer['class']}, now"
+            f" {now['class']}): restore build_optimizer, or choose another folder"
+        )
 
 
 def find_last(folder):
@@ -220,7 +243,8 @@ def former_run(args, method):
     folder = Path(args.save_dir)
     if args.resume:
         former = check_can_resume(folder, method, vars(args))
-        return former, None if is_finished(former) else read_loop(folder)
+        saved = None if is_finished(former) else read_loop(folder)
+        return former, replace(saved, optimizer=former.get("optimizer")) if saved else None
     check_is_free(folder, args.overwrite)
     if args.overwrite:
         inputs = {name: getattr(args, name) for name in with_role(Role.INPUT)}
@@ -256,9 +280,14 @@ def check_can_resume(folder, method, args):
 def same_start(folder, former, now):
     """What a resumed run keeps of the record of its start: {name: value}.
 
-    former: its run.json. now: the `identity` of this start. Raises InputError if the run had another identity.
+    former: its run.json. now: the record of this start. Raises InputError if the run had another `identity` or prompt.
     """
-    before = former.get("identity", {})
+    if former["prompt"] != now["prompt"]:
+        raise InputError(
+            f"--save_dir {folder} was started with another prompt, {former['prompt']!r}: restore PROMPT, or choose"
+            " another folder"
+        )
+    before, now = former.get("identity", {}), now["identity"]
     differing = []
     for name in {**before, **now}:
         then, new = before.get(name), now.get(name)
