@@ -23,8 +23,8 @@ FILE_TYPES = ("json", "jsonl", "csv", "parquet")
 def load_tweet_qa(dataset="ucsbnlp/tweet_qa"):
     """Load and check a TweetQA data set.
 
-    dataset: a hub id, or a folder that holds `train.*`, `validation.*` (or `dev.*`) and, if there is one, `test.*`,
-        each a JSON, JSON Lines, CSV or Parquet file with the columns Question, Tweet, Answer and qid.
+    dataset: a hub id, or a folder with `train.*`, `validation.*` (or `dev.*`) and, if there is one, `test.*`, each
+        a JSON, JSON Lines, CSV or Parquet file with the columns Question, Tweet, Answer and qid.
 
     Returns {"train": rows, "validation": rows, "test": rows}, without "test" if there is none. A row is a dict of
     Question, Tweet and qid (str) and Answer, a list of references (str) that is empty only in test.

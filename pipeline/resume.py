@@ -58,7 +58,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Saved:
-    """What last/loop.json holds of an interrupted run."""
+    """What last/loop.json says of an interrupted run."""
 
     state: LoopState
     schedule: dict  # the state of the learning rate's schedule
@@ -67,7 +67,7 @@ class Saved:
 def save_last(folder, accelerator, loop, model=None, optimizer=None):
     """Save what --resume needs as the folder last/, completely or not at all. Every process must call this.
 
-    loop: the loop's state as JSON can hold it. accelerate's save_state saves the rest: the trained weights (of a
+    loop: the loop's state, in types that JSON has. accelerate's save_state saves the rest: the trained weights (of a
     PeftModel: only the adapter), the optimizer, the scaler of fp16 and the random states.
     model, optimizer: the prepared ones, needed if the model is sharded.
     """
