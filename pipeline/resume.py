@@ -329,7 +329,10 @@ def with_the_runs_scoring(parser, argv, args):
         return args
     known = {name: run["args"][name] for name in with_role(Role.SCORING) if run["args"].get(name) is not None}
     parser.set_defaults(**{name: value for name, value in known.items() if name in vars(args)})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "base_dtype" in args and "base_dtype" in known:  # the checkpoint is loaded with it, whatever is given
+        args.base_dtype = known["base_dtype"]
+    return args
 
 
 def check_were_held_out(args, held_out, run):

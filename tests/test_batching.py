@@ -43,6 +43,7 @@ def order(sampler, epoch):
 
 
 @given(lengths=LENGTHS, batch_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 50))
+@settings(max_examples=200)
 def test_an_epoch_is_every_example_exactly_once_and_repeats_by_seed(lengths, batch_size, seed, epoch):
     data = Lengths(lengths)
     first = order(LengthGroupedSampler(data, batch_size, seed), epoch)
