@@ -24,10 +24,10 @@ demo: .venv/demo
 test: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -n 2 --dist loadfile --durations=5
+	.venv/bin/python -m pytest -n 2 --dist worksteal --durations=5
 
 test-slow: .venv/dev
-	.venv/bin/python -m pytest -m slow -n 2 --dist loadfile --durations=5
+	.venv/bin/python -m pytest -m slow -n 2 --dist worksteal --durations=5
 
 format: .venv/dev
 	.venv/bin/ruff check --fix .

@@ -524,7 +524,10 @@ def evaluate(
         "f1": [token_f1(*pair) for pair in pairs],
         "sem_sim": semantic_similarity(sem_model, predictions, references) if sem_model else None,
     }
-    names = {metric.column: metric.name for metric in METRICS}
+    names = {metric.column: metric.name for metric in METRICS if metric.each_epoch}
+    if names.keys() != scores.keys():
+        missing = ", ".join(sorted(names.keys() ^ scores.keys()))
+        raise ValueError(f"{missing}: a metric needs a line in evaluate() and one in METRICS of pipeline/metrics.py")
     means = {names[c]: None if values is None else float(pd.Series(values).mean()) for c, values in scores.items()}
     # Every token counts the same, as in training: a mean of batch means would favour tokens of small batches.
     metrics = {"val_loss": float(predicted["loss"].sum() / predicted["target_tokens"].sum()), **means}

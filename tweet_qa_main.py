@@ -535,7 +535,7 @@ def step_if_finite(optimizer, finite, scaler=None):
 def note_steps(state, measured, accelerator):
     """Move what was measured in the last steps from the device into `state`. Raises RunError, see `train_epoch`.
 
-    measured: [(learning rate, tensor of `train_step`)].
+    measured: [(learning rate, tensor of `train_step`)]. A new value of a step is returned there and unpacked here.
     """
     values = torch.stack([values for _, values in measured]).tolist() if measured else []
     for (lr, _), (loss, grad_norm, tokens) in zip(measured, values, strict=True):

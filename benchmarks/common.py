@@ -1,5 +1,5 @@
-"""What the loops that this project is compared with share. They load a model as any script does, without what this
-project changes in it. Nothing here imports `tweet_qa_main`, which sets how torch allocates memory."""
+"""Shared by the loops that this project is compared with. They load a model as any script does, without this project's
+changes to it. Nothing here imports `tweet_qa_main`, which sets how torch allocates memory."""
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -7,7 +7,7 @@ from helper_functions import exact_match, quiet_libraries, semantic_similarity, 
 
 
 def load(model_folder, lora):
-    """(model on the CPU, tokenizer). lora: None, or peft's arguments of the adapter that is put on the model."""
+    """(model on the CPU, tokenizer). lora: None, or peft's arguments of the adapter to add."""
     quiet_libraries()
     model, tokenizer = (
         AutoModelForSeq2SeqLM.from_pretrained(model_folder),

@@ -11,8 +11,8 @@ from helper_functions import TweetQADataset, load_tweet_qa
 
 
 class Trainer(Seq2SeqTrainer):
-    """Takes its training order from outside, and keeps the order in which it evaluates: grouped by length, it would
-    not say which row a prediction is of."""
+    """Trains in a given order, and records the order in which it evaluates: with grouping by length, a prediction does
+    not say which row it belongs to."""
 
     order = None
 
@@ -87,7 +87,7 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
 
 
 def start(model_folder, data_folder):
-    """A run until its first step, at which the caller ends it."""
+    """Start a run; the caller ends the process at the first step."""
     model, tokenizer = load(model_folder, None)
     rows = load_tweet_qa(data_folder)["train"]
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,6 @@
-"""The plain loop that most scripts for this task have: random order, tokenized again for each batch, padded to the
-batch's longest, AdamW as it comes; evaluated in batches of 8, by a forward pass for the loss and by `generate`."""
+"""The plain loop that most scripts for this task have: random order, each batch tokenized when it is needed and padded
+to its longest text, AdamW with its defaults. Evaluated in batches of 8: a forward pass for the loss, and `generate` for
+the answers."""
 
 import torch
 from torch.utils.data import DataLoader
@@ -68,7 +69,7 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
 
 
 def start(model_folder, data_folder):
-    """A run until its first step, at which the caller ends it."""
+    """Start a run; the caller ends the process at the first step."""
     model, tokenizer = load(model_folder, None)
     rows = load_tweet_qa(data_folder)["train"]
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -75,7 +75,7 @@ def table(found):
 
 
 def draw(found, path):
-    """Bars of the speed of each contender, the plain loop's being 1."""
+    """Bars of each contender's speed relative to the plain loop."""
     import matplotlib
 
     matplotlib.use("Agg")

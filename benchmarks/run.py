@@ -2,7 +2,7 @@
 
     python -m benchmarks.run                  # on the CPU: about 40 minutes on two cores
     python -m benchmarks.run --device cuda
-    python -m benchmarks.run --quick          # does everything work and agree? Its times mean nothing
+    python -m benchmarks.run --quick          # checks that everything works and agrees; its times mean nothing
 
 The contenders are `this_project.py`, `plain_loop.py` and `hf_trainer.py`. Each runs in a separate process, where
 it trains the same number of batches and answers the same rows with the same checkpoint. They take turns, in an order
@@ -91,11 +91,13 @@ def padding(contender, case):
 
 
 def typical_batches(contender, case, count):
-    """The SKIPPED largest batches of an epoch, and after them so many that are spread evenly over all its batches in
-    order of size: a round takes little time, and what the latter take speaks for the epoch. They are shuffled: from the
-    largest to the smallest, memory would be fetched by the first step alone, and in an epoch many steps fetch some."""
+    """The SKIPPED largest batches of an epoch, followed by `count` batches of typical sizes.
 
-    def size(batch):  # a target's token takes about twice the operations of a prompt's, the output layer included
+    The latter are spread evenly over all batches in order of size, so that a short round represents the epoch. They are
+    shuffled: in descending order only the first step would allocate memory, while in an epoch many steps do.
+    """
+
+    def size(batch):  # with the output layer, a target's token takes about twice the operations of a prompt's
         padded = {side: count for side, (_, count) in counts_of([batch]).items()}
         return padded["source"] + 2 * padded["target"]
 
@@ -234,9 +236,10 @@ def peak_memory_mb(device):
 
 
 def learn_to_answer(contender, model_folder, rows, repeats, folder, device):
-    """Train the stand-in until its answers are as long as real ones, which decides what validation takes.
+    """Train the stand-in until its answers are as long as real ones, since their length decides the validation's time.
 
-    Random weights learn that from few rows seen often; from as many different ones they learn to say the same to all.
+    Random weights learn this from few rows that are seen often. From as many different rows they learn to give the same
+    answer to every question.
     """
     model, tokenizer = contender.load(model_folder, None)
     order = list(range(len(rows))) * repeats
@@ -263,7 +266,7 @@ def until_first_step(name, case):
 
 
 def in_turns(rounds, call):
-    """{contender: [what `call(contender)` returned in each round]}, in another order each round."""
+    """{contender: [what `call(contender)` returned in each round]}; the order of the contenders changes each round."""
     results = {name: [] for name in CONTENDERS}
     names = list(CONTENDERS)
     for number in range(rounds):
@@ -278,7 +281,7 @@ def median_of(results, key):
 
 
 class Pools:
-    """A process for each contender, started anew for each thing that is measured."""
+    """A process for each contender. Each measurement uses new ones."""
 
     def __enter__(self):
         context = get_context("spawn")
@@ -294,7 +297,7 @@ class Pools:
 
 
 def measure(case, methods, options, found):
-    """Put the figures of a case, each by contender, into `found`, but for those that are there. Yields after each part.
+    """Measure a case for each contender, except for figures that `found` has, and add them. Yields after each part.
 
     found: {"padding": ..., method: ..., "validation": ...}.
     """
@@ -404,7 +407,7 @@ def make_cases(options):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; in each, every contender runs once (default: 5)")
     parser.add_argument("--quick", action="store_true", help="the demo's model on a few rows, one round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -429,7 +432,7 @@ def main(argv=None):
         "threads": torch.get_num_threads(),
         "commit": git_commit(),
     }
-    kept = options.out / "unfinished.json"  # what an interrupted run of this command had measured is not measured again
+    kept = options.out / "unfinished.json"  # from an interrupted run of this command: not measured again
     if kept.exists() and (before := json.loads(kept.read_text())).items() >= found.items():
         found = before
     found.setdefault("cases", {})

@@ -1,10 +1,10 @@
-"""How time and memory grow with rows and with processes, measured on the scripts as they are.
+"""How time and memory grow with rows and with processes, measured by running the scripts.
 
     python -m benchmarks.scaling        # on the CPU: about 13 minutes on two cores
 
 Rows: `tweet_qa_main.py` trains the demo's T5 for an epoch on the first 250 to all 10,692 rows of TweetQA
-(../shared/tweet_qa). Processes: the same number of rows with one process and with two under `accelerate launch`, a
-thread each, with batches of 8 in each process, for the demo's T5 and for flan-t5-small's shape.
+(../shared/tweet_qa). Processes: the same number of rows with one process and with two under `accelerate launch`, on
+one thread each, with batches of 8 in each process, for the demo's T5 and for flan-t5-small's shape.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def draw(found, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of one and two processes (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of one and two processes (default: 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written (default: %(default)s)")
     options = parser.parse_args(argv)
     if not (SHARED / "tweet_qa").is_dir() or not (SHARED / "flan_t5_small").is_dir():

@@ -1,4 +1,4 @@
-"""A T5 with random weights in the shape of a real checkpoint, for where the real weights cannot be had."""
+"""A T5 with random weights in the shape of a real checkpoint, for machines that do not have the real weights."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ FLAN_T5_SMALL = {
 def write_standin(folder, files, seed=0, **shape):
     """Write a T5 with random weights that is built like flan-t5-small's real checkpoint. Returns the folder.
 
-    files: a folder with the config.json and the tokenizer to take; shape: what to change in that config.
+    files: a folder with config.json and tokenizer, which are copied. shape: values to change in that config.
     """
     folder.mkdir(parents=True)
     for path in files.iterdir():
@@ -37,9 +37,9 @@ def write_standin(folder, files, seed=0, **shape):
 def write_model(folder, config, seed=0):
     """Write a T5 with random weights and this config.json, the dict `config`, into the folder.
 
-    T5ForConditionalGeneration(config) always ties lm_head to shared in transformers 5. Real checkpoints that say
-    tie_word_embeddings false keep a separate lm_head.weight, so the file is written tensor by tensor; those that are
-    tied hold no lm_head.weight at all.
+    T5ForConditionalGeneration(config) always ties lm_head to shared in transformers 5. Real checkpoints with
+    tie_word_embeddings false have a separate lm_head.weight, so the file is written tensor by tensor. Tied ones have no
+    lm_head.weight.
     """
     (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""This project, as its scripts train and validate."""
+"""This project: trains and validates with the functions that its scripts call."""
 
 import argparse
 from pathlib import Path
@@ -25,7 +25,7 @@ from tweet_qa_main_lora import add_lora
 
 
 def load(model_folder, lora):
-    """(model on the CPU, tokenizer). lora: None, or peft's arguments of the adapter that is put on the model."""
+    """(model on the CPU, tokenizer). lora: None, or peft's arguments of the adapter to add."""
     quiet_libraries()
     model, tokenizer = load_model_and_tokenizer(model_folder)
     if lora:
@@ -84,7 +84,7 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
 
 
 def start(model_folder, data_folder):
-    """A run until its first step, at which the caller ends it."""
+    """Start a run; the caller ends the process at the first step."""
     arguments = {"model_name": model_folder, "dataset": data_folder, "sem_model": "none"}
     arguments["save_dir"] = Path(model_folder).parent / "started"
     main([part for name, value in arguments.items() for part in (f"--{name}", str(value))] + ["--overwrite"])

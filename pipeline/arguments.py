@@ -108,6 +108,8 @@ ROLES = {}  # {argument's name: Role} of every flag that `flag` has declared
 
 def flag(name, role, **options):
     """Declare a flag. name: with its dashes. role: a Role. options: those of argparse's add_argument."""
+    if not (isinstance(role, Role) and role):
+        raise TypeError(f"{name} needs a Role")
     ROLES[name.removeprefix("--")] = role
     return name, options
 
@@ -130,7 +132,13 @@ FLAGS = [
     flag(
         "--save_every", Role.RUNNING, type=at_least(0), default=0, help="steps between saves; 0: after each epoch only"
     ),
-    flag("--seeds", Role.RUNNING, type=at_least(0), nargs="+", help="one run for each seed, in SAVE_DIR/seed_N"),
+    flag(
+        "--seeds",
+        Role.RUNNING,
+        type=at_least(0),
+        nargs="+",
+        help="one run for each seed, in SAVE_DIR/seed_N (default: --seed)",
+    ),
     flag("--eval_only", Role.RUNNING, action="store_true", help="do not train: evaluate the checkpoint in --save_dir"),
     flag("--epochs", T, type=at_least(1), default=5, help="passes over the training rows"),
     flag("--batch_size", T, type=at_least(1), default=8, help="training examples per forward pass"),
@@ -220,7 +228,12 @@ FLAGS = [
         default="none",
         help="experiment tracker that also receives losses, metrics, arguments and plots",
     ),
-    flag("--push_to_hub", Role.RUNNING, metavar="REPO", help="upload the finished run to this hub repository"),
+    flag(
+        "--push_to_hub",
+        Role.RUNNING,
+        metavar="REPO",
+        help="upload the finished run to this hub repository (default: none)",
+    ),
 ]
 
 

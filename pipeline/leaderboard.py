@@ -139,9 +139,9 @@ def with_leaderboard_scores(scored):
     frames = [frame for _, frame in scored.values()]
     predictions = [text for frame in frames for text in frame["prediction"]]
     scores = leaderboard_scores(predictions, [references for frame in frames for references in frame["references"]])
-    names = [metric.name for metric in METRICS if not metric.each_epoch]
     result, start = {}, 0
     for role, (metrics, frame) in scored.items():
+        names = [metric.name for metric in METRICS if not metric.each_epoch and metric.name not in metrics]
         columns = {name: scores[name][start : start + len(frame)] for name in names if name in scores}
         frame = frame.assign(**columns)
         means = {name: float(frame[name].mean()) if name in scores else None for name in names}

@@ -240,7 +240,7 @@ def memory_for(flags):
 
 
 def free_memory(accelerator):
-    """Release what the accelerator holds of a model that is no longer used, on its device too."""
+    """Release the accelerator's references to a model that is no longer used, and its memory on the device."""
     from accelerate.utils.memory import clear_device_cache
 
     accelerator.free_memory()

@@ -15,7 +15,7 @@ class Metric:
     name: str  # of the mean, in metrics.csv, run.json and comparison.csv
     title: str  # on the console, in tables and in texts
     column: str = ""  # of the values in the predictions files, if it is not the name
-    each_epoch: bool = True  # False: computed in the final evaluation only
+    each_epoch: bool = True  # False: `leaderboard_scores` computes it, in the final evaluation only
     on_epoch_line: bool = False  # whether the console shows it after each epoch; the final line shows every metric
     lowest: float = 0.0  # its smallest possible value; the largest is 1
     curve: str = ""  # the picture of its values over the epochs in the run folder, without ".png"; "": none

@@ -59,7 +59,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Saved:
-    """What last/loop.json holds of an interrupted run."""
+    """What last/loop.json says of an interrupted run."""
 
     state: LoopState
     schedule: dict  # the state of the learning rate's schedule
@@ -69,7 +69,7 @@ class Saved:
 def save_last(folder, accelerator, loop, model=None, optimizer=None):
     """Save what --resume needs as the folder last/, completely or not at all. Every process must call this.
 
-    loop: the loop's state as JSON can hold it. accelerate's save_state saves the rest: the trained weights (of a
+    loop: the loop's state, in types that JSON has. accelerate's save_state saves the rest: the trained weights (of a
     PeftModel: only the adapter), the optimizer, the scaler of fp16 and the random states.
     model, optimizer: the prepared ones, needed if the model is sharded.
     """
@@ -359,7 +359,10 @@ def with_the_runs_scoring(parser, argv, args):
         return args
     known = {name: run["args"][name] for name in with_role(Role.SCORING) if run["args"].get(name) is not None}
     parser.set_defaults(**{name: value for name, value in known.items() if name in vars(args)})
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if "base_dtype" in args and "base_dtype" in known:  # the checkpoint is loaded with it, whatever is given
+        args.base_dtype = known["base_dtype"]
+    return args
 
 
 def check_were_held_out(args, held_out, run):

@@ -34,11 +34,12 @@ class StepPlan:
 
     def with_smaller_batches(self, allowed):
         """The same steps in smaller batches, after memory ran out. Raises RunError if it is not allowed or possible."""
-        if not allowed or self.batch_size == 1:
-            advice = "give a smaller model or --max_input_len" if self.batch_size == 1 else "add --auto_batch_size"
+        if self.batch_size == 1:
+            raise RunError("out of memory with --batch_size 1: give a smaller model or --max_input_len")
+        if not allowed:
             raise RunError(
-                f"out of memory with --batch_size {self.batch_size}: {advice}, or lower --batch_size and raise"
-                " --grad_accum_steps by the same factor"
+                f"out of memory with --batch_size {self.batch_size}: add --auto_batch_size, or lower --batch_size and"
+                " raise --grad_accum_steps by the same factor"
             )
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)  # 2, if it is even
         smaller = {"batch_size": self.batch_size // factor, "accumulation": self.accumulation * factor}

@@ -6,14 +6,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import SCRIPTS, run_script
+from conftest import FULL, LORA, SCRIPTS, main_of, run_script
 from safetensors.torch import load_file, save_file
 
-import tweet_qa_main
-import tweet_qa_main_lora
 from helper_functions import load_model_and_tokenizer
 
-MAIN = {"tweet_qa_main.py": tweet_qa_main.main, "tweet_qa_main_lora.py": tweet_qa_main_lora.main}
 ROW = {"Question": "who won?", "Tweet": "The Rockets won!", "Answer": ["the rockets"], "qid": "1"}
 
 
@@ -36,7 +33,7 @@ def files_below(folder):
     }
 
 
-def assert_refused(place, capfd, message, *arguments, script="tweet_qa_main.py"):
+def assert_refused(place, capfd, message, *arguments, script=FULL):
     """Run the script's main() in the folder and check how it ends."""
     given = {"--model_name": "model", "--dataset": "data", "--sem_model": "none", "--save_dir": "run", "--epochs": "1"}
     flags = [arg for arg in arguments if arg.startswith("--")]
@@ -44,7 +41,7 @@ def assert_refused(place, capfd, message, *arguments, script="tweet_qa_main.py")
     before = files_below(place)
     capfd.readouterr()
     try:
-        code = MAIN[script]([*argv, *map(str, arguments)])
+        code = main_of(script)([*argv, *map(str, arguments)])
     except SystemExit as exit:
         code = exit.code
     out, err = capfd.readouterr()
@@ -97,7 +94,7 @@ LORA_ARGUMENTS = {
 @pytest.mark.parametrize("case", LORA_ARGUMENTS)
 def test_wrong_lora_arguments(place, capfd, case):
     arguments, message = LORA_ARGUMENTS[case]
-    assert_refused(place, capfd, message, *arguments, script="tweet_qa_main_lora.py")
+    assert_refused(place, capfd, message, *arguments, script=LORA)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is allowed where there is a GPU")
@@ -154,9 +151,9 @@ def test_wrong_models(place, capfd, minilm):
 
 
 def test_a_wrong_similarity_model(place, capfd):
-    message = "--sem_model ./nowhere is no sentence-transformers folder"
+    message = "--sem_model ./nowhere is not a sentence-transformers folder"
     assert_refused(place, capfd, message, "--sem_model", "./nowhere")
-    assert_refused(place, capfd, "--sem_model model is no sentence-transformers folder", "--sem_model", "model")
+    assert_refused(place, capfd, "--sem_model model is not a sentence-transformers folder", "--sem_model", "model")
     (place / "broken").mkdir()
     (place / "broken" / "modules.json").write_text("[{")
     assert_refused(place, capfd, "--sem_model broken: the similarity model in this folder", "--sem_model", "broken")
@@ -191,9 +188,9 @@ def test_a_save_dir_that_is_taken(place, capfd):
     (place / "old" / "run.json").write_text("{}")
     (place / "other").mkdir()
     (place / "other" / "thesis.txt").write_text("do not lose me")
-    assert_refused(place, capfd, "--save_dir old holds a former run: go on with it (--resume)", "--save_dir", "old")
-    assert_refused(place, capfd, "--save_dir other holds other files: give another folder", "--save_dir", "other")
-    message = "other/thesis.txt is not a folder; give another one"
+    assert_refused(place, capfd, "--save_dir old already has a run", "--save_dir", "old")
+    assert_refused(place, capfd, "--save_dir other contains other files", "--save_dir", "other")
+    message = "other/thesis.txt is not a folder"
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt")
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt/run")
 
@@ -204,7 +201,7 @@ def test_eval_only_of_what_is_no_checkpoint(place, capfd, minilm, script):
         assert_refused(place, capfd, message, "--eval_only", "--save_dir", folder, script=script)
 
     refused("nowhere", "--save_dir nowhere: there is no such folder; --eval_only needs one with a checkpoint")
-    refused("data", "--save_dir data holds no checkpoint")
+    refused("data", "--save_dir data has no checkpoint")
     refused(str(minilm), "the model in this folder cannot be loaded")
     weights = copy_model(place, "cut_off") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -229,13 +226,14 @@ def test_a_save_dir_that_cannot_be_written(place, capfd):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_as_a_user_sees_it(place, script):
-    """The same in a process of its own: for a wrong argument, a wrong row and a wrong model."""
+    """The same in a process of its own, once from scratch: for a wrong argument, a wrong row and a wrong model."""
     good = {"--model_name": "model", "--dataset": "data", "--sem_model": "none", "--save_dir": "run"}
     (place / "bad").mkdir()
     for split in ("train", "validation"):
         (place / "bad" / f"{split}.json").write_text(json.dumps([ROW | {"Answer": 3}]))
     for wrong in ({"--lr": "fast"}, {"--dataset": "bad"}, {"--model_name": "./gone"}):
-        done = run_script(script, *(word for pair in (good | wrong).items() for word in pair))
+        argv = [word for pair in (good | wrong).items() for word in pair]
+        done = run_script(script, *argv, fresh=script == FULL and "--lr" in wrong)
         assert done.returncode == 2 and done.stdout == "", done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
         assert not (place / "run").exists()

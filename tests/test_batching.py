@@ -12,12 +12,13 @@ from helper_functions import (
     LengthGroupedSampler,
     TweetQADataset,
     build_collate_fn,
+    build_loader,
     by_length,
     evaluate,
     load_model_and_tokenizer,
     load_tweet_qa,
+    train_loader,
 )
-from tweet_qa_main import build_loader, train_loader
 
 LENGTHS = st.lists(st.tuples(st.integers(8, 256), st.integers(2, 32)), min_size=1, max_size=300)
 
@@ -42,7 +43,7 @@ def order(sampler, epoch):
 
 
 @given(lengths=LENGTHS, batch_size=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 50))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_an_epoch_is_every_example_exactly_once_and_repeats_by_seed(lengths, batch_size, seed, epoch):
     data = Lengths(lengths)
     first = order(LengthGroupedSampler(data, batch_size, seed), epoch)
@@ -66,7 +67,7 @@ def test_the_order_differs_by_epoch_and_by_seed():
     done=st.integers(0, 40),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_an_epoch_that_is_resumed_goes_on_in_the_same_order(lengths, batch_size, epoch, done, seed):
     def loader():
         made = Accelerator().prepare(train_loader(Lengths(lengths), batch_size, torch.tensor, seed))

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helper_functions import InputError, TweetQADataset, _parse_answer, build_collate_fn, build_prompt, load_tweet_qa
+from helper_functions import InputError, TweetQADataset, build_collate_fn, build_prompt, load_tweet_qa
+from pipeline.data import parse_answer
 
 ROW = {"Question": "who won?", "Tweet": "The Rockets, again! 🚀", "Answer": ["rockets", "the rockets"], "qid": "a1"}
 
@@ -53,13 +54,13 @@ def test_every_form_gives_the_same_rows(tmp_path, tweet_qa, form):
 
 @given(st.lists(st.text().filter(str.strip), min_size=1))
 def test_a_list_written_as_text_is_read_back(references):
-    assert _parse_answer(json.dumps(references)) == references
-    assert _parse_answer(str(references)) == references
+    assert parse_answer(json.dumps(references)) == references
+    assert parse_answer(str(references)) == references
 
 
 @pytest.mark.parametrize("text", ["[sic]", "it's", "['a', b]", "[]x", "a, b", "['a'] and ['b']", "['\\x']", "5"])
 def test_other_text_is_one_reference(text):
-    assert _parse_answer(text) == [text]
+    assert parse_answer(text) == [text]
 
 
 def test_a_string_and_a_number_as_qid_are_taken(data_folder):
@@ -83,7 +84,7 @@ BAD_ROWS = {
     "a question that is null": (ROW | {"Question": None}, "row 2: 'Question' must be text, not empty (null)"),
     "a tweet that is a list": (ROW | {"Tweet": ["t"]}, "row 2: 'Tweet' must be text, not list"),
     "a blank tweet": (ROW | {"Tweet": " \n"}, "row 2: 'Tweet' is empty"),
-    "half a surrogate pair": (ROW | {"Tweet": "\ud83d"}, "row 2: 'Tweet' holds half of a surrogate pair"),
+    "half a surrogate pair": (ROW | {"Tweet": "\ud83d"}, "row 2: 'Tweet' contains an unpaired surrogate"),
     "no answer": (ROW | {"Answer": []}, "row 2: 'Answer' is empty"),
     "an empty answer": (ROW | {"Answer": ""}, "row 2: 'Answer' is empty"),
     "an answer that is null": (ROW | {"Answer": None}, "row 2: 'Answer' is empty"),
@@ -138,7 +139,7 @@ def test_missing_and_ambiguous_files_are_named(data_folder, tmp_path):
     with pytest.raises(InputError, match="validation.csv is not a file"):
         load_tweet_qa(str(folder))
     (folder / "dev.json").write_text("[]")
-    with pytest.raises(InputError, match="holds validation.csv and dev.json for one split"):
+    with pytest.raises(InputError, match="validation.csv and dev.json for one split"):
         load_tweet_qa(str(folder))
     with pytest.raises(InputError, match="does not exist"):
         load_tweet_qa(str(tmp_path / "nowhere"))

@@ -12,13 +12,13 @@ from argparse import Namespace
 
 import pandas as pd
 import pytest
-from conftest import PROJECT, SCRIPTS, TINY, run_script
+from conftest import FOLDER_NAMES, PROJECT, SCRIPTS, TINY, readme_snippets, run_script
 from safetensors import safe_open
-from test_runs import FOLDER_NAMES, readme_snippets
 
-import run_folder
 from benchmarks.standin import write_model, write_standin
 from helper_functions import InputError, load_model_and_tokenizer
+from pipeline.checkpoint import load_checkpoint
+from pipeline.run_folder import RUN_FILES
 from tweet_qa_main_lora import add_lora
 
 TRANSFORMERS_4 = PROJECT / ".venv" / "transformers4"
@@ -194,7 +194,7 @@ def test_each_shape_trains_and_answers(trained, family, script):
     assert len(set(predictions_of(folder)) - {""}) >= 3
     steps = pd.read_csv(folder / "train_loss.csv")["loss"]
     assert steps.iloc[-1] < steps.iloc[0] / 2
-    assert {path.name for path in folder.iterdir()} <= {"run.json", *run_folder.RUN_FILES}  # what --overwrite removes
+    assert {path.name for path in folder.iterdir()} <= {"run.json", *RUN_FILES}  # what --overwrite removes
 
 
 @slow
@@ -228,7 +228,8 @@ def test_unknown_target_modules_are_answered_with_those_that_exist(bases, family
     model, _ = load_model_and_tokenizer(str(bases[family]))
     other = "wi_0" if family == "t5" else "wi"
     there = ", ".join(sorted(["q", "k", "v", "o", "lm_head", *FEED_FORWARD[family]]))
-    args = Namespace(lora_r=8, lora_alpha=32, lora_dropout=0.05, target_modules=["q", other])
+    options = {"lora_r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "base_dtype": "fp32"}
+    args = Namespace(**options, target_modules=["q", other])
     with pytest.raises(InputError, match=f"^--target_modules {other}: this model has {there}$"):
         add_lora(model, args)
     args.target_modules = ["q", *FEED_FORWARD[family]]
@@ -247,10 +248,10 @@ def test_unknown_target_modules_are_answered_with_those_that_exist(bases, family
 )
 def test_an_adapter_without_its_tokenizer_is_refused(trained, tmp_path, family, file):
     folder = shutil.copytree(trained(family, "tweet_qa_main_lora.py")[0], tmp_path / "run")
-    run_folder.load_checkpoint(folder)
+    load_checkpoint(folder)
     (folder / file).unlink()
     with pytest.raises(InputError, match=rf"its tokenizer files are missing \({file}\)"):
-        run_folder.load_checkpoint(folder)
+        load_checkpoint(folder)
 
 
 def test_a_model_without_its_tokenizer_is_refused(bases, tmp_path):

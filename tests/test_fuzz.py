@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,21 +17,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from accelerate.state import AcceleratorState
+from conftest import LORA, PROJECT, SCRIPTS, main_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tweet_qa_main
-import tweet_qa_main_lora
 
-MAIN = {"tweet_qa_main.py": tweet_qa_main.main, "tweet_qa_main_lora.py": tweet_qa_main_lora.main}
 COLUMNS = ("Question", "Tweet", "Answer", "qid")
 ROW = {"Question": "who won?", "Tweet": "The Rockets won!", "Answer": ["the rockets"], "qid": "1"}
-CASES = settings(
-    max_examples=520,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+
+
+def cases(count):
+    """So many cases of a test, the same ones each time."""
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 class Begun(Exception):
@@ -54,7 +53,7 @@ def outcome(script, argv, monkeypatch, capsys):
         patch.setattr(tweet_qa_main, "load_model_and_tokenizer", begin)
         patch.setattr(tweet_qa_main, "load_sem_model", lambda *_: None)
         try:
-            code = MAIN[script](argv)
+            code = main_of(script)(argv)
         except Begun:
             return "begun"
         except SystemExit as exit:
@@ -167,17 +166,30 @@ def write(folder, stem, ending, content):
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("script", MAIN)
-@CASES
-@given(
+CHOICES = ["--drop_leaked", "--holdout=1", "--max_train_samples=1", "--max_eval_samples=2"]
+any_files = given(
     train=data_file(),
     validation=st.none() | data_file(),
     test=st.none() | data_file(),
-    more=st.lists(
-        st.sampled_from(["--drop_leaked", "--holdout=1", "--max_train_samples=1", "--max_eval_samples=2"]), unique=True
-    ),
+    more=st.lists(st.sampled_from(CHOICES), unique=True),
 )
-def test_data_files(place, monkeypatch, capsys, script, train, validation, test, more):
+
+
+@cases(100)
+@any_files
+def test_data_files(place, monkeypatch, capsys, train, validation, test, more):
+    check_data_files(place, monkeypatch, capsys, LORA, train, validation, test, more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+@cases(520)
+@any_files
+def test_many_data_files(place, monkeypatch, capsys, script, train, validation, test, more):
+    check_data_files(place, monkeypatch, capsys, script, train, validation, test, more)
+
+
+def check_data_files(place, monkeypatch, capsys, script, train, validation, test, more):
     folder = Path(tempfile.mkdtemp(dir=place))
     write(folder, "train", *train)
     write(folder, "validation", *(validation or ("json", as_json([ROW | {"Tweet": "another"}]))))
@@ -230,10 +242,25 @@ ARGUMENT = st.one_of(
 )
 
 
-@pytest.mark.parametrize("script", MAIN)
-@CASES
-@given(given_arguments=st.lists(ARGUMENT, min_size=1, max_size=4))
-def test_argument_combinations(tmp_path_factory, place, monkeypatch, capsys, script, given_arguments):
+any_arguments = given(given_arguments=st.lists(ARGUMENT, min_size=1, max_size=4))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@cases(100)
+@any_arguments
+def test_argument_combinations(place, monkeypatch, capsys, script, given_arguments):
+    check_arguments(place, monkeypatch, capsys, script, given_arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+@cases(520)
+@any_arguments
+def test_many_argument_combinations(place, monkeypatch, capsys, script, given_arguments):
+    check_arguments(place, monkeypatch, capsys, script, given_arguments)
+
+
+def check_arguments(place, monkeypatch, capsys, script, given_arguments):
     base = place / "arguments"
     if not base.exists():
         (base / "good").mkdir(parents=True)
@@ -247,12 +274,8 @@ def test_argument_combinations(tmp_path_factory, place, monkeypatch, capsys, scr
     assert listing(base) == before
 
 
-def test_the_console_can_show_what_is_refused(tmp_path, place):
+def test_the_console_can_show_what_is_refused(tmp_path):
     """Half a surrogate pair in a name reaches argv where a file name is no UTF-8; the error must not fail on it."""
-    import subprocess
-
-    from conftest import PROJECT
-
     command = [sys.executable, str(PROJECT / "tweet_qa_main.py"), "--dataset", b"./caf\xe9", "--save_dir", b"run\xe9"]
     done = subprocess.run([os.fsencode(word) for word in command], cwd=tmp_path, capture_output=True)
     assert done.returncode == 2 and done.stdout == b"", done.stderr

@@ -90,7 +90,7 @@ def test_without_a_hub_one_line_says_within_30_s_what_is_missing(dead_hub, tmp_p
         assert time.perf_counter() - started < 30
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith(f"error: {flag} ") and done.stderr.count("\n") == 1, done.stderr
-        assert f"the {what} could not be fetched; give {flag} a local folder" in done.stderr
+        assert f"the {what} could not be downloaded; give {flag} a local folder" in done.stderr
         assert not (tmp_path / "run").exists()
 
 

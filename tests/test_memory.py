@@ -12,37 +12,51 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PROJECT, SCRIPTS, TINY, write_standin
+from conftest import (
+    FOLDER_NAMES,
+    FULL,
+    LORA,
+    PROJECT,
+    SCRIPTS,
+    TINY,
+    arguments,
+    assert_same_end,
+    end_of,
+    main_of,
+    readme_snippets,
+    run_script,
+    signal_at_step,
+    write_standin,
+)
 from safetensors.torch import load_file
-from test_resume import MAIN, arguments, assert_same_end, end_of, make_place, signal_when
-from test_runs import FOLDER_NAMES, readme_snippets
 
-import run_folder
-import tweet_qa_main
 from helper_functions import (
     LengthGroupedSampler,
-    LiveBytes,
     TweetQADataset,
     answer,
     build_collate_fn,
+    build_loader,
     evaluate,
-    largest_batch,
     load_model_and_tokenizer,
-    training_memory,
-    use_fast_dropout,
-    use_gradient_checkpointing,
 )
-from tweet_qa_main import LoopState, build_loader, build_optimizer, memory_lines, train_epoch
+from pipeline.arguments import build_parser
+from pipeline.checkpoint import load_checkpoint
+from pipeline.fast_cpu import use_fast_dropout
+from pipeline.memory import LiveBytes, largest_batch, memory_lines, training_memory
+from pipeline.resume import LoopState
+from pipeline.t5 import use_gradient_checkpointing
+from tweet_qa_main import Prepared, build_optimizer, train_epoch
 from tweet_qa_main_lora import add_lora
 
-FULL, LORA = SCRIPTS
 CPU = torch.device("cpu")
 MB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def without_java(monkeypatch):
-    monkeypatch.setenv("PATH", os.devnull)
+pytestmark = pytest.mark.usefixtures("without_java")
+
+
+def optimizer_of(model):
+    return build_optimizer(model, 1e-3, 10)[0]
 
 
 def load(folder, method, checkpointing=False, base_dtype="fp32"):
@@ -64,7 +78,8 @@ def trained(model, tokenizer, rows):
     accelerator = Accelerator(gradient_accumulation_steps=2)
     optimizer, schedule = build_optimizer(model, lr=1e-2, total_steps=3)
     torch.manual_seed(1)
-    steps, _ = train_epoch(*accelerator.prepare(model, loader, optimizer), schedule, accelerator, LoopState())
+    prepared = Prepared(*accelerator.prepare(model, loader, optimizer), schedule, hollow=None)
+    steps, _ = train_epoch(prepared, accelerator, LoopState())
     return [(row["loss"], row["grad_norm"]) for row in steps], torch.get_rng_state()
 
 
@@ -144,17 +159,14 @@ BF16 = ("--base_dtype", "bf16")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tweet_qa, standin):
-    return make_place(tmp_path_factory.mktemp("memory"), tweet_qa, standin)
-
-
-@pytest.fixture(scope="module")
-def bf16_run(place):
+def bf16_run(made_once, place):
     """The folder of a finished LoRA run on a base in bfloat16."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", os.devnull)
-        assert MAIN[LORA](arguments(place, LORA, place / "bf16", *BF16)) == 0
-    return place / "bf16"
+
+    def make(folder):
+        done = run_script(LORA, *arguments(place, LORA, folder / "run", *BF16))
+        assert done.returncode == 0, done.stderr
+
+    return made_once("bf16", make)[0] / "run"
 
 
 def test_a_bf16_run_saves_the_adapter_in_float32_and_says_on_what(bf16_run, place):
@@ -169,7 +181,7 @@ def test_a_bf16_run_saves_the_adapter_in_float32_and_says_on_what(bf16_run, plac
 
 def test_the_figures_of_a_bf16_run_are_those_of_the_model_that_was_trained(bf16_run, place, tokenizer):
     """Read back, the base is in bfloat16 again, the adapter is what was saved, and it answers as the final pass did."""
-    model, _ = run_folder.load_checkpoint(bf16_run, str(place / "model"))
+    model, _ = load_checkpoint(bf16_run, str(place / "model"))
     saved = load_file(bf16_run / "adapter_model.safetensors")
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -185,34 +197,35 @@ def test_the_figures_of_a_bf16_run_are_those_of_the_model_that_was_trained(bf16_
     )
 
 
-def test_a_bf16_run_that_is_stopped_ends_like_one_that_was_not(bf16_run, place, tmp_path, monkeypatch, capfd):
+def test_a_bf16_run_that_is_stopped_ends_like_one_that_was_not(bf16_run, place, tmp_path, capfd):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        signal_when(patch, tweet_qa_main, "_all_told_to_stop", 9)
-        assert MAIN[LORA](arguments(place, LORA, folder, *BF16)) == 143
+    with signal_at_step(9):
+        assert main_of(LORA)(arguments(place, LORA, folder, *BF16)) == 143
     capfd.readouterr()
-    assert MAIN[LORA](arguments(place, LORA, folder, "--resume")) == 2
+    assert main_of(LORA)(arguments(place, LORA, folder, "--resume")) == 2
     assert "--base_dtype fp32 (was bf16)" in capfd.readouterr().err
-    assert MAIN[LORA](arguments(place, LORA, folder, *BF16, "--resume")) == 0
+    assert main_of(LORA)(arguments(place, LORA, folder, *BF16, "--resume")) == 0
     assert_same_end(LORA, folder, bf16_run)
 
 
 def test_eval_only_takes_the_type_of_the_run_and_no_other_base(bf16_run, place, tmp_path, flan_t5_files, capfd):
     copy = shutil.copytree(bf16_run, tmp_path / "copy")
     argv = arguments(place, LORA, copy, "--eval_only")
-    assert MAIN[LORA](argv) == 0
+    assert main_of(LORA)(argv) == 0
+    assert end_of(LORA, copy) == end_of(LORA, bf16_run)
+    assert main_of(LORA)([*argv, "--base_dtype", "fp32"]) == 0  # the adapter is read on the base that it was trained on
     assert end_of(LORA, copy) == end_of(LORA, bf16_run)
     assert json.loads((copy / "run.json").read_text())["eval_only"]["base_dtype"] == "bf16"
     other = write_standin(tmp_path / "other", flan_t5_files, seed=1, **TINY)
     capfd.readouterr()
-    assert MAIN[LORA](arguments(place, LORA, copy, "--eval_only", "--model_name", other)) == 2
+    assert main_of(LORA)(arguments(place, LORA, copy, "--eval_only", "--model_name", other)) == 2
     assert "its adapter was trained on another base" in capfd.readouterr().err
 
 
 def test_someone_elses_adapter_is_scored_on_the_base_that_is_asked_for(bf16_run, place, tmp_path):
     copy = shutil.copytree(bf16_run, tmp_path / "copy")
     (copy / "run.json").unlink()
-    assert MAIN[LORA](arguments(place, LORA, copy, "--eval_only", *BF16)) == 0
+    assert main_of(LORA)(arguments(place, LORA, copy, "--eval_only", *BF16)) == 0
     frames = [pd.read_csv(folder / "validation_predictions.csv") for folder in (copy, bf16_run)]
     pd.testing.assert_frame_equal(*frames)
     assert json.loads((copy / "run.json").read_text())["args"]["base_dtype"] == "bf16"
@@ -241,7 +254,7 @@ def test_the_copy_without_memory_takes_what_the_model_would(
         pytest.skip("only a LoRA run has a frozen base")
     model, batch = load(standin, method, checkpointing, base_dtype), batch_of(rows[:6], tokenizer)
     state = torch.get_rng_state()
-    estimated = training_memory(model, batch, CPU, accumulate=True)
+    estimated = training_memory(model, batch, CPU, optimizer_of, accumulate=True)
     assert torch.equal(torch.get_rng_state(), state) and model.training
     weights = list(model.parameters())
     assert all(weight.grad is None and type(weight.data) is torch.Tensor for weight in weights)
@@ -249,7 +262,7 @@ def test_the_copy_without_memory_takes_what_the_model_would(
         for _ in range(2):
             model(**batch, use_cache=False).loss.backward()
     assert (live.peak - live.peak_gradients, live.peak_gradients) == (estimated["activations"], estimated["gradients"])
-    optimizer, schedule = build_optimizer(model, 1e-3, 10)
+    optimizer = optimizer_of(model)
     optimizer.step()
     moments = [t for s in optimizer.state.values() for name, t in s.items() if name != "step"]
     assert sum(moment.nbytes for moment in moments) == estimated["optimizer"]
@@ -260,7 +273,7 @@ def test_checkpointing_and_a_frozen_base_need_less(standin, tokenizer, rows):
     batch = batch_of(rows[:8], tokenizer)
 
     def parts(*given):
-        return training_memory(load(standin, *given), batch, CPU)
+        return training_memory(load(standin, *given), batch, CPU, optimizer_of)
 
     full, lora = parts("full"), parts("lora")
     assert parts("full", True)["activations"] < 0.7 * full["activations"]
@@ -276,15 +289,17 @@ def test_no_batch_of_an_epoch_takes_more_than_the_one_that_is_chosen(standin, to
     order = list(sampler)
 
     def activations(batch):
-        return training_memory(model, batch_of([rows[index] for index in batch], tokenizer), CPU)["activations"]
+        batch = batch_of([rows[index] for index in batch], tokenizer)
+        return training_memory(model, batch, CPU, optimizer_of)["activations"]
 
-    every = [activations(order[start : start + 8]) for start in range(0, len(order), 8)]
-    assert activations(largest_batch(model, sampler)) == max(every) > 1.1 * min(every)
+    batches = [order[start : start + 8] for start in range(0, len(order), 8)]
+    every = [activations(batch) for batch in batches]
+    assert activations(largest_batch(model, data, batches)) == max(every) > 1.1 * min(every)
 
 
 def test_it_warns_where_there_is_less_than_it_takes_and_says_what_to_lower():
-    parts = {"weights": 300 * MB, "gradients": 100 * MB, "the process itself": 1700 * MB}
-    line = "memory: about 2,100 MB at the peak (weights 300, gradients 100, the process itself 1,700) of {} MB"
+    parts = {"weights": 300 * MB, "gradients": 100 * MB, "process overhead": 1700 * MB}
+    line = "memory: about 2,100 MB at the peak (weights 300, gradients 100, process overhead 1,700) of {} MB"
     assert list(memory_lines(parts, 2100 * MB, False)) == [line.format("2,100")]
     told, warning = memory_lines(parts, 2099 * MB, False)
     assert told == line.format("2,099") and warning.startswith("warning: ")
@@ -292,23 +307,28 @@ def test_it_warns_where_there_is_less_than_it_takes_and_says_what_to_lower():
     assert flags == ["--batch_size", "--grad_accum_steps", "--gradient_checkpointing", "--max_input_len"]
     _, warning = memory_lines(parts, 2099 * MB, True)
     assert "--gradient_checkpointing" not in warning and "--batch_size" in warning
-    known = {flag for action in tweet_qa_main.build_parser("", 1, "x")._actions for flag in action.option_strings}
+    known = {flag for action in build_parser("", 1, "x")._actions for flag in action.option_strings}
     assert set(flags) <= known
 
 
-# Runs a script up to the end of the first epoch's training, and prints the most memory that its process held (kB).
+# Runs a script up to the end of the first epoch's training, and prints the most memory that its process held (kB): from
+# the first step, for what loading took does not count, to the first evaluation.
 UNTIL_TRAINED = """
 import os, re, sys
-import {script} as script, tweet_qa_main
-train_epoch = tweet_qa_main.train_epoch
+import {script} as script, torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+began = []
 
-def and_end(*args, **kwargs):
-    open("/proc/self/clear_refs", "w").write("5")  # what loading took does not count
-    train_epoch(*args, **kwargs)
-    print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], flush=True)
-    os._exit(0)
+def forward(module, given):
+    if type(module).__name__ != "T5ForConditionalGeneration" and type(module).__name__ != "T5Stack":
+        return
+    if module.training and not began and type(next(module.parameters()).data) is torch.Tensor:
+        began.append(open("/proc/self/clear_refs", "w").write("5"))
+    elif began and not module.training:
+        print("peak", re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1], flush=True)
+        os._exit(0)
 
-tweet_qa_main.train_epoch = and_end
+register_module_forward_pre_hook(forward)
 script.main(sys.argv[1:])
 """
 

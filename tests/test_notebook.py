@@ -44,7 +44,7 @@ def test_the_notebook_runs_from_top_to_bottom(executed):
     images = [out for cell in cells.values() for out in cell.outputs if "image/png" in out.get("data", {})]
     assert len(images) == 3  # two loss curves and the comparison
     assert (folders["COMPARISON"] / "comparison.md").is_file()
-    assert "F1 a trained MB of checkpoint" in printed(notebook.cells[-1])
+    assert "F1 per MB of checkpoint" in printed(notebook.cells[-1])
 
 
 def test_the_notebook_answers_as_the_helper_does(executed):

@@ -3,26 +3,27 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import PROJECT, SCRIPTS, run_script
-from hypothesis import given, settings
+from conftest import AT_START, FULL, LORA, PROJECT, SCRIPTS, SERVERS, Script, run_script
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from helper_functions import InputError, answer
-from tweet_qa_main import LABEL_PAD, _counted_batches, eval_loader, sharding, train_loader
+from helper_functions import LABEL_PAD, InputError, answer, eval_loader, train_loader
+from pipeline.devices import counted_batches, sharding
 
 TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec")
 
@@ -33,50 +34,67 @@ def free_port():
         return free.getsockname()[1]
 
 
-def launch_command(script, *arguments, processes=2, sharded=False, machines=(), port=None):
-    """machines: what tells the launcher of several machines; that there is one, if not given."""
+def start_launcher(script, *arguments, processes=2, sharded=False, machines=(), port=None, **environ):
+    """Start a script under `accelerate launch`. Without Java, whose start takes longer than the rest.
+
+    machines: what tells the launcher of several machines; that there is one, if not given.
+    """
     launcher = ["-m", "accelerate.commands.launch", "--num_processes", processes]
     launcher += ["--main_process_port", port or free_port(), *(machines or ("--num_machines", 1))]
     if sharded:
         launcher += ["--config_file", PROJECT / "benchmarks" / "fsdp2.yaml"]
     else:
         launcher += ["--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [str(part) for part in (sys.executable, *launcher, PROJECT / script, *arguments)]
+    argv = map(str, (*launcher, PROJECT / "tests" / "forked.py", PROJECT / script, *arguments))
+    return Script([*argv], AT_START | {"PATH": os.devnull, "FORK_SERVER": SERVERS[0].address, **environ})
 
 
-def launch(script, *arguments, processes=2, sharded=False):
-    """What `run_script` does, under `accelerate launch`. Without Java, whose start takes longer than the rest."""
-    command = launch_command(script, *arguments, processes=processes, sharded=sharded)
-    environ = os.environ | {"PATH": os.devnull}
-    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=600)
+def launch(script, *arguments, **options):
+    """What `run_script` does, under `accelerate launch`."""
+    return start_launcher(script, *arguments, **options).wait()
+
+
+def wait_until(happened, running):
+    """Wait until something has happened, as long as a Script is running."""
+    while not happened():
+        assert running.is_running(), running.said("stderr")
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
-def calm_demo(tmp_path_factory):
+def calm_demo(made_once):
     """The demo's model without dropout, which differs from process to process."""
-    folder = tmp_path_factory.mktemp("calm") / "model"
-    shutil.copytree(PROJECT / "demo" / "tiny-t5", folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
-    return folder
+
+    def make(folder):
+        shutil.copytree(PROJECT / "demo" / "tiny-t5", folder / "model")
+        config = json.loads((folder / "model" / "config.json").read_text())
+        (folder / "model" / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+
+    return made_once("calm-demo", make)[0] / "model"
 
 
 def arguments(script, calm_demo, **others):
     """Those of a small run: 45 rows, which neither batches of 4 nor steps of 8 divide."""
     given = {"model_name": calm_demo, "dataset": PROJECT / "demo" / "tweets", "sem_model": "none", "lr": 1e-3}
     given |= {"max_train_samples": 45, "max_eval_samples": 37, "epochs": 2, "eval_batch_size": 8, **others}
-    if script == "tweet_qa_main_lora.py":
+    if script == LORA:
         given |= {"lora_dropout": 0, "lr": 3e-3}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
-def both(request, tmp_path_factory, calm_demo):
+def both(request, made_once, calm_demo):
     """(script, its run in two processes with batches of 4, its run in one process with batches of 8)."""
-    folder, script = tmp_path_factory.mktemp("both"), request.param
-    two = launch(script, *arguments(script, calm_demo, batch_size=4, save_dir=folder / "two"))
-    one = run_script(script, *arguments(script, calm_demo, batch_size=8, save_dir=folder / "one"))
-    assert (two.returncode, one.returncode) == (0, 0), two.stderr + one.stderr
+    script = request.param
+
+    def make(folder):
+        two = launch(script, *arguments(script, calm_demo, batch_size=4, save_dir=folder / "two"))
+        one = run_script(script, *arguments(script, calm_demo, batch_size=8, save_dir=folder / "one"))
+        assert (two.returncode, one.returncode) == (0, 0), two.stderr + one.stderr
+        return vars(two), vars(one)
+
+    folder, (two, one) = made_once(f"both-{script}", make)
+    two, one = (subprocess.CompletedProcess(**done) for done in (two, one))
     return script, (folder / "two", two), (folder / "one", one)
 
 
@@ -130,19 +148,18 @@ def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, reque
     if shards:
         two, _ = request.getfixturevalue("sharded")
     given = arguments(script, calm_demo, batch_size=4, save_dir=tmp_path / "run")
-    environ = os.environ | {"PATH": os.devnull}
-    command = launch_command(script, *given, "--save_every", 2, sharded=shards)
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environ, start_new_session=True
-    ) as running:
-        assert any(line.startswith("[epoch 1] val_loss") for line in running.stdout)
-        os.killpg(running.pid, signal.SIGKILL)
-    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")])  # the launcher's children lead groups of their own
+    running = start_launcher(script, *given, "--save_every", 2, sharded=shards)
+    wait_until(lambda: "[epoch 1] val_loss" in running.said(), running)
+    launched = psutil.Process(running.pid).children(recursive=True)
+    for process in (psutil.Process(running.pid), *launched):
+        process.kill()
+    assert running.wait().returncode == -signal.SIGKILL and len(launched) == 2
+    psutil.wait_procs(launched)
     alone = run_script(script, *given, "--resume")
     assert alone.returncode == 2 and "number of processes (was 2, is 1)" in alone.stderr
     if shards:
         whole = launch(script, *given, "--resume")
-        assert whole.returncode != 0 and "began with other sharding" in whole.stderr
+        assert whole.returncode != 0 and re.search("started with different .*sharding", whole.stderr)
     done = launch(script, *given, "--resume", sharded=shards)
     assert done.returncode == 0, done.stderr
     for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
@@ -155,19 +172,15 @@ def test_sigterm_stops_all_processes_together_and_the_run_goes_on(both, evaluati
     """In the first epoch or in its evaluation; the launcher is told, and tells the processes."""
     script, (two, _), _ = both
     given = arguments(script, calm_demo, batch_size=4, save_dir=tmp_path / "run")
-    environ = os.environ | {"PATH": os.devnull, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120"}
     saving = () if evaluating else ("--save_every", 2)
-    with subprocess.Popen(
-        launch_command(script, *given, *saving), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
-    ) as running:
-        if evaluating:
-            assert any(line.startswith("[epoch 1] time=") for line in running.stdout)
-        while not (evaluating or (tmp_path / "run" / "last").exists()):
-            assert running.poll() is None
-            time.sleep(0.01)
-        running.terminate()
-        said = running.communicate(timeout=300)[1]
-    assert running.returncode != 0 and "interrupted: --resume goes on after step " in said
+    running = start_launcher(script, *given, *saving, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="120")
+    if evaluating:
+        wait_until(lambda: "[epoch 1] time=" in running.said(), running)
+    else:
+        wait_until((tmp_path / "run" / "last").exists, running)
+    running.send(signal.SIGTERM)
+    done = running.wait(timeout=300)
+    assert done.returncode != 0 and re.search("interrupted: --resume .* after step ", done.stderr)
     loop = json.loads((tmp_path / "run" / "last" / "loop.json").read_text())["state"]
     assert 0 < loop["step"] <= 12 and not (tmp_path / "run" / "test_answers.json").exists()
     done = launch(script, *given, "--resume")
@@ -183,42 +196,43 @@ def test_two_machines_do_what_two_processes_do(both, tmp_path, calm_demo):
     port, launched = free_port(), []
     for rank in (0, 1):
         machines = ("--num_machines", 2, "--machine_rank", rank, "--main_process_ip", "127.0.0.2")
-        command = launch_command(script, *given, machines=machines, port=port)
-        environ = os.environ | {"PATH": os.devnull}
-        launched.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
-        )
-    said = [process.communicate(timeout=300) for process in launched]
-    assert [process.returncode for process in launched] == [0, 0], said
-    assert "[final]" in said[0][0] and said[1][0] == ""
+        launched.append(start_launcher(script, *given, machines=machines, port=port))
+    done = [launcher.wait(timeout=300) for launcher in launched]
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    assert "[final]" in done[0].stdout and done[1].stdout == ""
     for name in ("train_loss.csv", "validation_predictions.csv", "test_answers.json"):
         assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
 
 
 def test_bad_input_is_told_once(tmp_path, calm_demo):
-    given = arguments("tweet_qa_main.py", calm_demo, dataset=tmp_path / "none", save_dir=tmp_path / "run")
-    done = launch("tweet_qa_main.py", *given)
+    given = arguments(FULL, calm_demo, dataset=tmp_path / "none", save_dir=tmp_path / "run")
+    done = launch(FULL, *given)
     assert done.returncode != 0 and done.stdout == "" and not (tmp_path / "run").exists()
     assert done.stderr.count("error: --dataset") == 1
-    refused = launch("tweet_qa_main.py", *arguments("tweet_qa_main.py", calm_demo), "--auto_batch_size")
-    assert refused.stderr.count("error: --auto_batch_size is for one process") == 1
+    refused = launch(FULL, *arguments(FULL, calm_demo), "--auto_batch_size")
+    assert refused.stderr.count("error: --auto_batch_size works with one process") == 1
 
 
 def test_seeds_run_one_after_the_other_in_all_processes(tmp_path, calm_demo):
     small = {"max_train_samples": 8, "max_eval_samples": 8, "epochs": 1, "save_dir": tmp_path / "runs"}
-    done = launch("tweet_qa_main.py", *arguments("tweet_qa_main.py", calm_demo, **small), "--seeds", 0, 1)
+    done = launch(FULL, *arguments(FULL, calm_demo, **small), "--seeds", 0, 1)
     assert done.returncode == 0, done.stderr
     runs = [json.loads((tmp_path / "runs" / f"seed_{seed}" / "run.json").read_text()) for seed in (0, 1)]
     assert [(run["seed"], run["finished"]) for run in runs] == [(0, True), (1, True)]
 
 
 @pytest.fixture(scope="module")
-def sharded(both, tmp_path_factory, calm_demo):
+def sharded(both, made_once, calm_demo):
     """(its folder, what it printed) of the run in two processes once more, now with a part of the weights in each."""
-    script, folder = both[0], tmp_path_factory.mktemp("sharded") / "two"
-    done = launch(script, *arguments(script, calm_demo, batch_size=4, save_dir=folder), sharded=True)
-    assert done.returncode == 0, done.stderr
-    return folder, done
+    script = both[0]
+
+    def make(folder):
+        done = launch(script, *arguments(script, calm_demo, batch_size=4, save_dir=folder / "two"), sharded=True)
+        assert done.returncode == 0, done.stderr
+        return vars(done)
+
+    folder, done = made_once(f"sharded-{script}", make)
+    return folder / "two", subprocess.CompletedProcess(**done)
 
 
 def test_sharded_processes_learn_what_whole_ones_do(both, sharded):
@@ -227,7 +241,7 @@ def test_sharded_processes_learn_what_whole_ones_do(both, sharded):
     assert done.stderr == ""
     run = json.loads((folder / "run.json").read_text())
     held = run["parameters_per_process"]
-    assert 0.5 <= held / run["total_parameters"] < 0.52 and f"sharded, {held:,} parameters a process" in done.stdout
+    assert 0.5 <= held / run["total_parameters"] < 0.52 and f"sharded, {held:,} parameters per process" in done.stdout
     for file, tolerance in (("train_loss.csv", 1e-4), ("metrics.csv", 1e-5)):
         for ours, theirs in zip(table(folder / file), table(whole / file), strict=True):
             for name in TIMES:
@@ -244,7 +258,7 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(both, sharded, tmp_path, ca
     assert weights[0].name == weights[1].name and list(ours) == list(theirs)
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=0, atol=1e-4)
-    if script == "tweet_qa_main.py":
+    if script == FULL:
         assert (folder / "config.json").read_bytes() == (whole / "config.json").read_bytes()
     copy = shutil.copytree(folder, tmp_path / "copy")
     alone = run_script(script, "--eval_only", *arguments(script, calm_demo, save_dir=copy))
@@ -261,7 +275,7 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(both, sharded, tmp_path, ca
 
 def load_as_readme_says(script, folder, base):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if script == "tweet_qa_main.py":
+    if script == FULL:
         return AutoModelForSeq2SeqLM.from_pretrained(folder), tokenizer
     return PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), folder), tokenizer
 
@@ -276,9 +290,9 @@ def test_a_sharded_model_may_share_its_embeddings_with_its_head(tmp_path, calm_d
     (tied / "config.json").write_text(json.dumps(model.config.to_dict()))
     small = {"max_train_samples": 16, "max_eval_samples": 8, "epochs": 1}
     folders = [tmp_path / "sharded", tmp_path / "one"]
-    given = [arguments("tweet_qa_main.py", tied, **small, save_dir=folder) for folder in folders]
-    done = launch("tweet_qa_main.py", *given[0], "--batch_size", 2, sharded=True)
-    alone = run_script("tweet_qa_main.py", *given[1], "--batch_size", 4)
+    given = [arguments(FULL, tied, **small, save_dir=folder) for folder in folders]
+    done = launch(FULL, *given[0], "--batch_size", 2, sharded=True)
+    alone = run_script(FULL, *given[1], "--batch_size", 4)
     assert (done.returncode, alone.returncode) == (0, 0), done.stderr + alone.stderr
     ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
     assert list(ours) == list(theirs) and "lm_head.weight" not in ours
@@ -288,7 +302,7 @@ def test_a_sharded_model_may_share_its_embeddings_with_its_head(tmp_path, calm_d
 
 
 @pytest.mark.parametrize(
-    ("version", "precision", "message"), [("1", "fp32", "give fsdp_version 2"), ("2", "fp16", "--precision fp16")]
+    ("version", "precision", "message"), [("1", "fp32", "fsdp_version 2"), ("2", "fp16", "--precision fp16")]
 )
 def test_what_does_not_go_with_shards_is_refused(version, precision, message, monkeypatch):
     assert sharding(precision) is None
@@ -320,7 +334,6 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 
 @given(lengths=LENGTHS, batch_size=st.integers(1, 9), processes=st.integers(1, 5), done=st.integers(0, 3))
-@settings(deadline=None, max_examples=100)
 def test_each_example_counts_once_in_one_of_the_processes(lengths, batch_size, processes, done):
     counted, batches = [], set()
     for process in range(processes):
@@ -329,7 +342,7 @@ def test_each_example_counts_once_in_one_of_the_processes(lengths, batch_size, p
         accelerator = SimpleNamespace(num_processes=processes, process_index=process)
         batches.add(len(loader))
         done = min(done, len(loader) - 1)
-        for batch, tokens in _counted_batches(loader, done, accelerator):
+        for batch, tokens in counted_batches(loader, done, accelerator):
             labels = batch["labels"][batch["labels"] != LABEL_PAD].tolist()
             assert len(labels) > 0 and tokens in (0, len(labels))
             counted += labels if tokens else []
@@ -338,7 +351,6 @@ def test_each_example_counts_once_in_one_of_the_processes(lengths, batch_size, p
 
 
 @given(lengths=LENGTHS, batch_size=st.integers(1, 9), processes=st.integers(1, 5))
-@settings(deadline=None, max_examples=100)
 def test_processes_share_the_very_batches_that_one_evaluates(lengths, batch_size, processes):
     def batches(process, processes):
         return [tuple(b["index"]) for b in eval_loader(Examples(lengths), batch_size, collate, process, processes)]

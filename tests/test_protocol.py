@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import run_folder
-from helper_functions import (
-    InputError,
-    count_repeats,
-    hold_out,
-    load_tweet_qa,
-    question_type,
-    tweet_features,
-    tweet_key,
-)
-from tweet_qa_main import select_rows
+from helper_functions import InputError, load_tweet_qa, question_type, tweet_features
+from pipeline.breakdown import WELL_POPULATED, breakdown
+from pipeline.data import count_repeats, hold_out, select_rows
+from pipeline.text import tweet_key
 
 
 def rows_about(tweets):
@@ -67,7 +60,7 @@ def test_holdout_on_the_real_data(tweet_qa):
 
 def test_leaks_are_counted_and_dropped(tweet_qa):
     whole, _, note = chosen(tweet_qa)
-    assert note == ("check: 46 training rows repeat | the tweets of 6 validation and 1 test rows also stand in train")
+    assert note == ("check: 46 training rows repeat | the tweets of 6 validation and 1 test rows are also in train")
     dropped, _, note = chosen(tweet_qa, drop_leaked=True)
     others = {tweet_key(row["Tweet"]) for role in ("validation", "test") for row in whole[role]}
     leaked = [row for row in whole["train"] if tweet_key(row["Tweet"]) in others]
@@ -100,7 +93,7 @@ def test_the_breakdown_counts_each_example_once_a_feature(tweet_qa):
     rows = load_tweet_qa(str(tweet_qa))["validation"]
     rng = random.Random(0)
     f1 = [rng.choice([0.0, 0.5, 1.0]) if question_type(row["Question"]) != "who" else 0.1 for row in rows]
-    table = run_folder.breakdown(frame_of(rows, f1))
+    table = breakdown(frame_of(rows, f1))
     assert (table.groupby("feature")["count"].sum() == len(rows)).all()
     assert set(table["feature"]) == {
         "question",
@@ -113,8 +106,8 @@ def test_the_breakdown_counts_each_example_once_a_feature(tweet_qa):
     }  # none has a URL
     first = table.iloc[0]
     assert (first["feature"], first["value"], first["f1"]) == ("question", "who", pytest.approx(0.1))
-    large = table[table["count"] >= run_folder.WELL_POPULATED]
-    assert table["count"].iloc[: len(large)].min() >= run_folder.WELL_POPULATED  # small slices come last
+    large = table[table["count"] >= WELL_POPULATED]
+    assert table["count"].iloc[: len(large)].min() >= WELL_POPULATED  # small slices come last
     assert large["f1"].is_monotonic_increasing
     assert (table["f1_low"] <= table["f1"] + 1e-12).all() and (table["f1"] <= table["f1_high"] + 1e-12).all()
     what = table[(table["feature"] == "question") & (table["value"] == "what")].iloc[0]
@@ -127,6 +120,6 @@ def test_the_breakdown_counts_each_example_once_a_feature(tweet_qa):
 def test_a_literal_span_is_found_word_for_word():
     tweets = ["The Red Car, again!", "The redcar", "so sad", "a bus"]
     rows = [row | {"Answer": ["nothing", "red car"]} for row in rows_about(tweets)]
-    table = run_folder.breakdown(frame_of(rows, [0.0, 1.0, 1.0, 1.0])).set_index("value")
+    table = breakdown(frame_of(rows, [0.0, 1.0, 1.0, 1.0])).set_index("value")
     assert table.loc["answer in the tweet", "count"] == 1 and table.loc["answer in the tweet", "f1"] == 0
     assert table.loc["answer not in the tweet", "count"] == 3

@@ -13,17 +13,14 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from conftest import SCRIPTS, run_script
+from conftest import FULL, LORA, SCRIPTS, WEIGHTS, main_of, run_script
 from hub_stub import HubStub
 from huggingface_hub import ModelCard
 
-import run_folder
-import tweet_qa_main
-import tweet_qa_main_lora
 from helper_functions import RunError
+from pipeline.publish import push
 
 TOKENS = {"hf_writer": ("me", "write"), "hf_reader": ("me", "read")}
-WEIGHTS = {"tweet_qa_main.py": "model.safetensors", "tweet_qa_main_lora.py": "adapter_model.safetensors"}
 # What must not leave the machine: rows of the data set, and what only --resume and the trackers need.
 KEPT_BACK = ("validation_predictions.csv", "holdout_predictions.csv", "test_answers.json")
 
@@ -58,30 +55,29 @@ def assert_whole(upload, folder, script):
 
 def test_a_run_uploads_its_checkpoint_and_none_of_the_rows(tmp_path, arguments, home):
     with HubStub(tokens=TOKENS) as hub:
-        done = run_script("tweet_qa_main.py", *arguments, "--push_to_hub", "me/tweet-qa", environ=environ(hub, home))
+        done = run_script(FULL, *arguments, "--push_to_hub", "me/tweet-qa", environ=environ(hub, home))
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout.splitlines()[-1] == f"uploaded: {hub.url}/me/tweet-qa"
-    assert_whole(hub.uploads["me/tweet-qa"], tmp_path / "run", "tweet_qa_main.py")
+    assert_whole(hub.uploads["me/tweet-qa"], tmp_path / "run", FULL)
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert "AutoModelForSeq2SeqLM.from_pretrained('me/tweet-qa')" in card.text
 
 
 def test_an_upload_that_fails_is_repeated_by_the_command_shown_or_later(tmp_path, arguments, home):
     """The hub answers at the start and is gone at the end: the run is finished, and one line says how to go on."""
-    script, folder = "tweet_qa_main_lora.py", tmp_path / "run"
+    script, folder = LORA, tmp_path / "run"
     with HubStub(tokens=TOKENS, dies_after="/api/whoami-v2") as hub:
         done = run_script(script, *arguments, "--push_to_hub", "me/tweet-qa", environ=environ(hub, home))
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert re.fullmatch(
-        rf"error: the upload failed \(.+\); hf upload me/tweet-qa .+ repeats it \| {folder} holds a finished run\n",
-        done.stderr,
+        rf"error: the upload failed \(.+\); .+: hf upload me/tweet-qa .+ \| {folder} has a finished run\n", done.stderr
     )
     assert json.loads((folder / "run.json").read_text())["finished"] and not (folder / "last").exists()
     assert not hub.uploads
 
     (folder / "tensorboard").mkdir()
     (folder / "tensorboard" / "events").write_text("stays here")
-    command = shlex.split(re.search(r"; (hf upload .+) repeats it", done.stderr)[1])
+    command = shlex.split(re.search(r": (hf upload .+) \| ", done.stderr)[1])
     with HubStub(tokens=TOKENS) as hub:
         hf = Path(sys.executable).with_name(command[0])
         again = subprocess.run([hf, *command[1:]], env=environ(hub, home), capture_output=True, text=True, timeout=120)
@@ -93,7 +89,7 @@ def test_an_upload_that_fails_is_repeated_by_the_command_shown_or_later(tmp_path
         resumed = run_script(script, *arguments, "--resume", "--push_to_hub", "me/other", environ=environ(hub, home))
         assert resumed.returncode == 0, resumed.stderr
         shown = shlex.join(command).replace("me/tweet-qa", "me/other")
-        assert resumed.stdout.endswith(f"finished: there is nothing to resume; {shown} uploads it\n")
+        assert "there is nothing to resume; " in resumed.stdout and resumed.stdout.endswith(f": {shown}\n")
 
         later = run_script(
             script, *arguments, "--eval_only", "--final_beams", 2, "--push_to_hub", "later", environ=environ(hub, home)
@@ -103,7 +99,7 @@ def test_an_upload_that_fails_is_repeated_by_the_command_shown_or_later(tmp_path
     assert_whole(hub.uploads["me/later"], folder, script)
     card = hub.uploads["me/later"]["README.md"].decode()
     final = json.loads((folder / "run.json").read_text())["final"]
-    assert "2 beams" in card and f"| f1 | {final['f1']:.4f} |" in card and "'later'" in card
+    assert "2 beams" in card and f"| F1 | {final['f1']:.4f} |" in card and "'later'" in card
 
 
 @pytest.fixture
@@ -112,11 +108,11 @@ def refused(tmp_path, arguments, monkeypatch, capfd):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
 
-    def check(message, repo, *more, url="http://127.0.0.1:9", token="hf_writer", main=tweet_qa_main.main):
+    def check(message, repo, *more, url="http://127.0.0.1:9", token="hf_writer", script=FULL):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
         monkeypatch.setenv("HF_TOKEN", token)
         started = time.perf_counter()
-        assert main([*arguments, "--push_to_hub", repo, *more]) == 2
+        assert main_of(script)([*arguments, "--push_to_hub", repo, *more]) == 2
         out, err = capfd.readouterr()
         assert time.perf_counter() - started < 5 and out == "" and not (tmp_path / "run").exists()
         assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
@@ -124,14 +120,19 @@ def refused(tmp_path, arguments, monkeypatch, capfd):
     return check
 
 
-@pytest.mark.parametrize("main", [tweet_qa_main.main, tweet_qa_main_lora.main], ids=SCRIPTS)
-def test_without_a_token_that_may_write_nothing_begins(refused, main):
-    refused("--push_to_hub me/qa needs a token: `hf auth login` first, or set HF_TOKEN", "me/qa", token="", main=main)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_a_token_that_may_write_nothing_begins(refused, script):
+    refused(
+        "--push_to_hub me/qa needs a token: run `hf auth login` first, or set HF_TOKEN",
+        "me/qa",
+        token="",
+        script=script,
+    )
     with HubStub(tokens=TOKENS) as hub:
         message = "--push_to_hub me/qa: the hub refuses the token; `hf auth login` sets another"
-        refused(message, "me/qa", url=hub.url, token="hf_expired", main=main)
-        message = "--push_to_hub me/qa: the token may only read; one that may write is needed"
-        refused(message, "me/qa", url=hub.url, token="hf_reader", main=main)
+        refused(message, "me/qa", url=hub.url, token="hf_expired", script=script)
+        message = "--push_to_hub me/qa: the token can only read"
+        refused(message, "me/qa", url=hub.url, token="hf_reader", script=script)
     assert not hub.uploads
 
 
@@ -139,9 +140,9 @@ def test_what_is_no_repository_or_no_hub_is_refused(refused, monkeypatch):
     for repo in ("me/qa/more", "./run", "me/..qa", "", "me/q a"):
         refused(f"--push_to_hub {repo}: ", repo)
     refused("--push_to_hub me/qa: the hub cannot be reached (ConnectError)", "me/qa")
-    refused("--seeds does not go with --push_to_hub", "me/qa", "--seeds", "1", "2")
+    refused("--seeds cannot be combined with --push_to_hub", "me/qa", "--seeds", "1", "2")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused("--push_to_hub me/qa: HF_HUB_OFFLINE is set, so that nothing can be uploaded", "me/qa")
+    refused("--push_to_hub me/qa: HF_HUB_OFFLINE is set", "me/qa")
 
 
 def test_a_malformed_token_is_not_shown(refused, capfd):
@@ -152,7 +153,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(tmp_path, arguments, home):
     with socket.create_server(("127.0.0.1", 0)) as silent, HubStub(tokens=TOKENS) as hub:
         changes = environ(hub, home) | {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         started = time.perf_counter()
-        done = run_script("tweet_qa_main.py", *arguments, "--push_to_hub", "me/qa", environ=changes)
+        done = run_script(FULL, *arguments, "--push_to_hub", "me/qa", environ=changes)
     assert time.perf_counter() - started < 40  # 8 of them for the hub
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "run").exists()
     assert done.stderr == "error: --push_to_hub me/qa: the hub cannot be reached (TimeoutError)\n"
@@ -164,6 +165,6 @@ def test_a_repository_of_somebody_else_is_said_at_the_end(tmp_path, refused, mon
     with HubStub(tokens=TOKENS) as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
-        with pytest.raises(RunError, match="the upload failed .* hf upload you/qa .* repeats it"):
-            run_folder.push(tmp_path / "run", "you/qa")
+        with pytest.raises(RunError, match="the upload failed .*: hf upload you/qa "):
+            push(tmp_path / "run", "you/qa")
     assert not hub.uploads and os.listdir(tmp_path / "run") == ["run.json"]

@@ -1,13 +1,13 @@
 """What a run writes is whole at any moment: an interruption leaves the older file or checkpoint, or the newer one."""
 
 import os
-from argparse import Namespace
 
 import pytest
 import torch
 
-import run_folder
-from helper_functions import InputError, load_model_and_tokenizer
+from helper_functions import PROMPT, InputError, load_model_and_tokenizer
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.run_folder import describe_run, run_record, write_table, writing
 
 
 class Killed(BaseException):
@@ -29,9 +29,9 @@ def interrupt_after(monkeypatch, renames):
 
 def test_an_interrupted_write_leaves_the_older_file(tmp_path):
     path = tmp_path / "metrics.csv"
-    run_folder.write_table(path, [{"epoch": 1, "f1": 0.1 + 0.2}])
+    write_table(path, [{"epoch": 1, "f1": 0.1 + 0.2}])
     before = path.read_bytes()
-    with pytest.raises(Killed), run_folder.writing(path) as beside:
+    with pytest.raises(Killed), writing(path) as beside:
         beside.write_text("epoch,f1\n1,0.")
         raise Killed
     assert path.read_bytes() == before == b"epoch,f1\n1,0.30000000000000004\n"
@@ -42,18 +42,18 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint_or_none(tmp_path, monkeyp
     model, tokenizer = load_model_and_tokenizer(str(standin))
     folder = tmp_path / "run"
     folder.mkdir()
-    args = Namespace(model_name=str(standin), dataset="data", save_dir=str(folder), seed=0, final_beams=5)
-    record = run_folder.new_run("full", args, torch.device("cpu"), model)
+    args = {"model_name": str(standin), "dataset": "data", "save_dir": str(folder), "seed": 0, "final_beams": 5}
+    record = run_record(describe_run("full", args, model, "cpu", PROMPT))
 
     def save(value, renames=1000):
         with torch.no_grad():
             model.encoder.final_layer_norm.weight.fill_(value)
         with monkeypatch.context() as patch:
             interrupt_after(patch, renames)
-            run_folder.save_checkpoint(folder, model, tokenizer, record)
+            save_checkpoint(folder, model, tokenizer, record)
 
     def loaded():
-        return run_folder.load_checkpoint(folder)[0].encoder.final_layer_norm.weight[0].item()
+        return load_checkpoint(folder)[0].encoder.final_layer_norm.weight[0].item()
 
     for renames in range(6):  # card in its place, then config, generation config, tokenizer and its config, weights
         with pytest.raises(Killed):

@@ -11,17 +11,8 @@ import torch
 from conftest import PROJECT
 from transformers import AutoModelForSeq2SeqLM
 
-from helper_functions import (
-    FastDropout,
-    TweetQADataset,
-    build_collate_fn,
-    evaluate,
-    fast_dropout,
-    fast_dropout_attention,
-    load_model_and_tokenizer,
-    use_fast_dropout,
-)
-from tweet_qa_main import build_loader
+from helper_functions import TweetQADataset, build_collate_fn, build_loader, evaluate, load_model_and_tokenizer
+from pipeline.fast_cpu import FastDropout, fast_dropout, fast_dropout_attention, use_fast_dropout
 
 
 def first_batch(rows, tokenizer):
@@ -112,7 +103,7 @@ def test_attention_with_dropout_computes_what_sdpa_does(model, transformers_own,
                 module.p = 0.0
             elif type(module).__name__ == "T5Attention":
                 module.dropout = 1e-9 if each is model else 0.0
-    with patch("helper_functions.fast_dropout", wraps=fast_dropout) as used:
+    with patch("pipeline.fast_cpu.fast_dropout", wraps=fast_dropout) as used:
         losses = [each(**batch).loss for each in (model, transformers_own)]
     assert used.call_count == len(model.encoder.block) + 2 * len(model.decoder.block)
     for loss in losses:
@@ -143,7 +134,9 @@ def lora_model(model):
 
     from tweet_qa_main_lora import add_lora
 
-    return add_lora(model, Namespace(lora_r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q", "v"]))
+    return add_lora(
+        model, Namespace(lora_r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q", "v"], base_dtype="fp32")
+    )
 
 
 def test_lora_computes_no_gradient_that_no_weight_needs(lora_model, tokenizer, rows):
@@ -192,9 +185,9 @@ def test_the_benchmark_runs_and_its_contenders_agree(tmp_path):
     assert "| this project | plain loop | HF trainer |" in figures.with_suffix(".md").read_text()
 
 
-def test_the_readme_shows_the_recorded_results():
+def test_the_docs_show_the_recorded_results():
     tables = list((PROJECT / "benchmarks" / "results").glob("*.md"))
-    readme = (PROJECT / "README.md").read_text()
+    shown = (PROJECT / "docs" / "benchmarks.md").read_text()
     assert tables
     for table in tables:
-        assert table.read_text() in readme and str(table.with_suffix(".png").relative_to(PROJECT)) in readme
+        assert table.read_text() in shown and f"(../{table.with_suffix('.png').relative_to(PROJECT)})" in shown

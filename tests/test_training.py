@@ -1,29 +1,25 @@
 """One pass of the training loop: steps, scaling, clipping, decay and schedule are what the documentation says."""
 
+import functools
 from argparse import Namespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY, write_standin
 from torch.utils.data import DataLoader
 
 from helper_functions import TweetQADataset, build_collate_fn, load_model_and_tokenizer
-from tweet_qa_main import LoopState, build_optimizer, train_epoch
+from pipeline.resume import LoopState
+from tweet_qa_main import Prepared, build_optimizer, train_epoch, train_step
 from tweet_qa_main_lora import add_lora
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory, flan_t5_files):
-    """The folder of a stand-in without dropout, so that a step can be computed twice."""
-    return write_standin(tmp_path_factory.mktemp("calm") / "tiny", flan_t5_files, dropout_rate=0.0, **TINY)
 
 
 def load(folder, lora=False):
     torch.manual_seed(0)
     model = load_model_and_tokenizer(str(folder))[0]
     if lora:
-        model = add_lora(model, Namespace(lora_r=4, lora_alpha=32, lora_dropout=0.0, target_modules=["q", "v"]))
+        options = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q", "v"]}
+        model = add_lora(model, Namespace(**options, base_dtype="fp32"))
     return model
 
 
@@ -34,7 +30,7 @@ def train_once(calm, tokenizer, rows, batch_size, accumulate, lora=False):
     accelerator = Accelerator(gradient_accumulation_steps=accumulate)
     optimizer, schedule = build_optimizer(model, lr=1e-3, total_steps=3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps, loss = train_epoch(model, loader, optimizer, schedule, accelerator, LoopState())
+    steps, loss = train_epoch(Prepared(model, loader, optimizer, schedule, hollow=None), accelerator, LoopState())
     return model, steps, loss
 
 
@@ -82,7 +78,7 @@ def test_gradients_are_clipped_to_norm_1(calm, tokenizer, rows):
         lambda *_: used.append(torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item())
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps, _ = train_epoch(model, loader, optimizer, schedule, accelerator, LoopState())
+    steps, _ = train_epoch(Prepared(model, loader, optimizer, schedule, hollow=None), accelerator, LoopState())
     assert steps[0]["grad_norm"] > 5  # what is reported is the norm before clipping
     assert used == [pytest.approx(1.0, rel=1e-3)]
 
@@ -107,3 +103,58 @@ def test_the_learning_rate_warms_up_over_6_percent_and_falls_to_0():
         schedule.step()
     assert rates[:7] == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
     assert rates[6:] == pytest.approx([1 - i / 94 for i in range(95)])
+
+
+# ------------------------------------------------------------------------------------------- the optimizer's contract
+
+OPTIMIZERS = {
+    "AdamW, fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=True),
+    "AdamW, not fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=False),
+    "SGD with momentum": lambda weights: torch.optim.SGD(weights, lr=1e-2, momentum=0.9, weight_decay=0.01),
+    "Adafactor": lambda weights: torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.01),
+}
+
+
+def state_of(optimizer):
+    """Its tensors, as they are now."""
+    states = [sorted(state.items()) for state in optimizer.state.values()]
+    return [value.clone() for state in states for _, value in state if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_another_optimizer_skips_a_step_that_is_not_finite(calm, tokenizer, rows, kind):
+    """Between two finite steps: weights and the optimizer's own state stay as they were, to the last bit."""
+    loader = DataLoader(TweetQADataset(rows[:12], tokenizer), 4, collate_fn=build_collate_fn(tokenizer))
+    model, accelerator = load(calm), Accelerator()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    prepared = Prepared(model, loader, optimizer, schedule, hollow=None)
+
+    def step(batch):
+        """(whether the loss was finite, whether weights are the same, whether the optimizer's state is)"""
+        weights, state = [weight.detach().clone() for weight in model.parameters()], state_of(optimizer)
+        loss = train_step(prepared, [(batch, (batch["labels"] != -100).sum())], accelerator)[0]
+        same = all(map(torch.equal, weights, model.parameters()))
+        now = state_of(optimizer)
+        return loss.isfinite().item(), same, len(state) == len(now) and all(map(torch.equal, state, now))
+
+    one, two, three = loader
+    assert step(one) == (True, False, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", spoilt(type(model).forward))
+        assert step(two) == (False, True, True)
+    assert step(three) == (True, False, False)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def spoilt(forward):
+    """The forward pass of a model, with a loss that is not a number."""
+
+    @functools.wraps(forward)
+    def wrapped(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.loss = output.loss * float("nan")
+        return output
+
+    return wrapped
