@@ -59,6 +59,7 @@ def quiet_libraries():
     for library in ("accelerate", "datasets", "httpx", "huggingface_hub", "peft", "sentence_transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", message=".*prompts were cut")  # our own, of `answer`
 
 
 # ------------------------------------------------------------------------------------------------- prompt, data set

@@ -9,9 +9,7 @@ Without the hub, give folders: --model_name FOLDER --dataset FOLDER --sem_model 
 After each epoch the validation split is scored, and the best epoch by F1 is kept in --save_dir. At the end that
 checkpoint is read back and scored with --final_beams. `tweet_qa_main_lora.py` is the same run with a LoRA adapter.
 
-An interrupted run continues, to the same result, with the same command and --resume. Exit codes: 0 done, 1 the run
-could not continue or be uploaded, 2 an argument or an input is wrong and nothing was started, 130 and 143 interrupted
-by Ctrl-C and SIGTERM.
+An interrupted run continues, to the same result, with the same command and --resume.
 """
 
 import argparse
@@ -51,7 +49,7 @@ from pipeline.arguments import build_parser, with_defaults
 from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
 from pipeline.fast_cpu import keep_memory, use_fast_dropout
-from pipeline.leaderboard import check_leaderboard, with_leaderboard_scores
+from pipeline.leaderboard import with_leaderboard_scores
 from pipeline.metrics import metrics_line
 from pipeline.resume import LoopState
 from pipeline.step_plan import StepPlan
@@ -127,8 +125,9 @@ def run(args, wrap=None):
     trackers.check_tracker(args.report_to)
     if args.push_to_hub is not None:
         publish.check_can_push(args.push_to_hub)
-    # Of several processes the first one holds the lock for all.
-    with lock.only_writer(args.save_dir) if devices.is_first_process() else nullcontext():
+    # Of several processes the first one holds the lock for all. A folder that must exist already is not created.
+    there = Path(args.save_dir).is_dir() or not (args.eval_only or args.resume)
+    with lock.only_writer(args.save_dir) if there and devices.is_first_process() else nullcontext():
         if args.eval_only:
             evaluate_only(args)
         else:
@@ -218,15 +217,14 @@ def evaluate_only(args):
     if former:
         record = former
     else:  # a checkpoint of another origin: there is no run to resume
-        method = "lora" if hasattr(model, "peft_config") else "full"
-        start = run_folder.describe_run(setup, method, model, PROMPT)
+        start = run_folder.describe_run(setup, "lora" if hasattr(model, "peft_config") else "full", model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
     describe(setup, record, folder, note)
     results = final_evaluation(setup, model, record["best_epoch"])
     if setup.accelerator.is_main_process:
         # "args" stays as the checkpoint was trained; "eval_only" is what the new results were computed with.
-        end = {"eval_only": vars(args) | {"content": setup.content}}
-        record = run_folder.run_record(record, results=results, end=end)
+        scoring = vars(args) | {"content": setup.content}
+        record = run_folder.run_record(record, results=results, end={"eval_only": scoring})
         with interrupts.deferred():
             if args.push_to_hub and record["best_epoch"]:
                 publish.write_model_card(folder, record)
@@ -245,12 +243,10 @@ def set_up(args, load):
     args = with_defaults(args, device.type)
     selected = select_rows(args)
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
-    if accelerator.is_main_process:
-        check_leaderboard()
     set_seed(args.seed)
     model, tokenizer, weights = load(args)
-    similarity = checkpoint.weights_sha256(sem_model) if sem_model else None
-    content = {"model_name": weights, "dataset": selected.sha256, "sem_model": similarity}
+    content = {"model_name": weights, "dataset": selected.sha256}
+    content["sem_model"] = checkpoint.weights_sha256(sem_model) if sem_model else None
     setup = Setup(
         args=args,
         folder=Path(args.save_dir),

@@ -19,7 +19,7 @@ from pipeline.text import normalize_answer, reference_list
 def check_leaderboard():
     """Import what `leaderboard_scores` needs, and start Java, before any training.
 
-    Prints a note if METEOR cannot be computed. Raises InputError if a library cannot be imported.
+    Returns whether METEOR can be computed. Raises InputError if a library cannot be imported.
     """
     try:
         from nltk.translate.bleu_score import sentence_bleu  # noqa: F401
@@ -30,11 +30,9 @@ def check_leaderboard():
     jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
     try:
         command = ["java", "-version"]
-        runs = jar.is_file() and not subprocess.run(command, capture_output=True, timeout=60).returncode
+        return jar.is_file() and not subprocess.run(command, capture_output=True, timeout=60).returncode
     except (OSError, subprocess.SubprocessError):
-        runs = False
-    if not runs:
-        print("note: METEOR will be left out: it needs Java, which does not run here")
+        return False
 
 
 def leaderboard_scores(predictions, references):

@@ -6,17 +6,17 @@ the same machine, and from another machine when it has not been touched for LEAS
 """
 
 import os
-import sys
 import time
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from pipeline.errors import InputError, reason
+from pipeline.errors import InputError, RunError, reason
 
 LOCK = ".lock"
 LEASE = 60.0  # seconds; a process that cannot touch its lock for so long, such as a suspended one, loses it
 HEARTBEAT = 2.0  # seconds between touches
+_lost = set()  # folders whose lock this process has lost
 
 
 @contextmanager
@@ -58,7 +58,10 @@ def _acquire(path, what):
     """The acquired lock. Raises InputError if another process holds it; what: names the folder then."""
     from filelock import SoftFileLease, Timeout
 
-    lock = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, on_compromise=_lost)
+    folder = path.parent.absolute()
+    lose = {"on_compromise": lambda _: _lost.add(folder)}  # called in the thread that touches the lock
+    lock = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, **lose)
+    _lost.discard(folder)
     end, touched = time.monotonic() + LEASE + 2 * HEARTBEAT, None
     while True:
         try:
@@ -87,10 +90,11 @@ def _read(path):
     return {}
 
 
-def _lost(compromise):
-    """Called in a thread of a process that has lost its lock: another one may be writing to its folder already."""
-    print(f"error: the lock {compromise.lock_file} was removed or taken over: this process stops", file=sys.stderr)
-    os._exit(1)
+def check_held(path):
+    """Raise RunError if this process has lost the lock of a folder above `path`: another one may be writing to it."""
+    for folder in _lost:
+        if Path(path).absolute().is_relative_to(folder):
+            raise RunError(f"{folder} can no longer be written to: its lock was removed or taken over")
 
 
 def _remove_empty(folders):

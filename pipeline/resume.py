@@ -105,6 +105,7 @@ def describe_optimizer(optimizer):
 
     torch restores the settings together with the state: a resumed run would use those it was started with.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, or torch's own
     groups = [
         {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
         for group in optimizer.param_groups

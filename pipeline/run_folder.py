@@ -23,7 +23,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from pipeline.errors import InputError, RunError, one_line, reason
-from pipeline.lock import LOCK, check_writable
+from pipeline.lock import LOCK, check_held, check_writable
 from pipeline.metrics import EACH_EPOCH, METRICS
 
 # The libraries whose versions run.json records: what a result can depend on.
@@ -127,9 +127,11 @@ def writing(path):
     Raises RunError if the disk is full, the folder has been removed, or the like; the file at `path` is unchanged then.
     """
     path = Path(path)
+    check_held(path)
     beside = path.with_name(f".tmp-{path.name}")
     try:
         yield beside
+        check_held(path)
         os.replace(beside, path)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -141,6 +143,7 @@ def writing(path):
 @contextmanager
 def writing_folder(path):
     """Yield a new folder to write to, and remove it afterwards if it still exists. Raises RunError, see `writing`."""
+    check_held(path)
     try:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()  # without its parents: a run folder that was deleted meanwhile is not created again

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,17 +25,19 @@ SMALL = ("--max_train_samples", "16", "--max_eval_samples", "8", "--epochs", "1"
 def test_a_user_without_home_and_without_an_entry_in_the_password_file(tmp_path, minilm, script):
     if not shutil.which("setpriv") or os.getuid() != 0:
         pytest.skip("setpriv and root are needed to become another user")
-    tmp_path.chmod(0o777)
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own is below a folder that only root may enter
+    folder.chmod(0o777)
     may_read = "+dac_override,+dac_read_search"  # the interpreter can be in a folder of root's
     user = ["setpriv", "--reuid", "54321", "--regid", "54321", "--clear-groups"]
     user += ["--inh-caps", may_read, "--ambient-caps", may_read]
-    command = [*user, sys.executable, script, *DEMO, *SMALL, "--sem_model", minilm, "--save_dir", tmp_path / "run"]
+    command = [*user, sys.executable, script, *DEMO, *SMALL, "--sem_model", minilm, "--save_dir", folder / "run"]
     environ = {name: value for name, value in os.environ.items() if name not in ("HOME", "USER", "LOGNAME")}
     options = {"capture_output": True, "text": True, "cwd": PROJECT, "env": environ | {"PATH": os.devnull}}
     command[0] = shutil.which("setpriv")
     done = subprocess.run(list(map(str, command)), **options)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["final"]["bleu1"] >= 0
+    assert json.loads((folder / "run" / "run.json").read_text())["final"]["bleu1"] >= 0
+    shutil.rmtree(folder)
 
 
 def test_what_the_final_evaluation_needs_is_tried_before_training(tmp_path):
@@ -48,16 +52,20 @@ def test_what_the_final_evaluation_needs_is_tried_before_training(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_console_that_is_not_utf8(tmp_path, finished_runs, encoding):
-    environ = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    environ = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PATH": os.devnull}
+
+    def run(*words):
+        command = [sys.executable, *map(str, words)]
+        return subprocess.run(command, capture_output=True, encoding=encoding, cwd=PROJECT, env=environ)
+
     data = tmp_path / "données ☕"
     shutil.copytree(PROJECT / "demo" / "tweets", data)
     given = ("--model_name", PROJECT / "demo" / "tiny-t5", "--dataset", data, "--sem_model", "none")
-    done = run_script(FULL, *given, *SMALL, "--save_dir", tmp_path / "run ☕", environ=environ, fresh=True)
+    done = run(FULL, *given, *SMALL, "--save_dir", tmp_path / "run ☕")
     assert done.returncode == 0 and "run ?" in done.stdout, done.stderr
-    runs = [finished_runs / "full", finished_runs / "lora"]
-    done = run_script("compare_runs.py", *runs, "--out", tmp_path / "ü ☕", environ=environ, fresh=True)
+    done = run("compare_runs.py", finished_runs / "full", finished_runs / "lora", "--out", tmp_path / "ü ☕")
     assert done.returncode == 0 and "LoRA" in done.stdout, done.stderr
-    done = run_script(FULL, *given, "--save_dir", tmp_path / "run ☕", environ=environ, fresh=True)
+    done = run(FULL, *given, "--save_dir", tmp_path / "run ☕")
     assert done.returncode == 2 and "already has a run" in done.stderr
 
 

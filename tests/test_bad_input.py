@@ -126,7 +126,7 @@ def test_wrong_models(place, capfd, minilm):
     refused("no_weights", "--model_name no_weights: the model in this folder cannot be loaded")
     copy_model(place, "no_tokenizer", without=["*token*"])
     refused("no_tokenizer", "--model_name no_tokenizer: its tokenizer files are missing")
-    refused(str(minilm), "the model in this folder cannot be loaded (ValueError: Unrecognized configuration class")
+    refused(str(minilm), "is a BERT model, which cannot be loaded here")
 
     whole = (place / "model" / "model.safetensors").read_bytes()
     (copy_model(place, "cut_off") / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -189,7 +189,9 @@ def test_a_save_dir_that_is_taken(place, capfd):
     (place / "other").mkdir()
     (place / "other" / "thesis.txt").write_text("do not lose me")
     assert_refused(place, capfd, "--save_dir old already has a run", "--save_dir", "old")
-    assert_refused(place, capfd, "--save_dir other contains other files", "--save_dir", "other")
+    assert_refused(
+        place, capfd, "--save_dir other contains thesis.txt, which no run has written", "--save_dir", "other"
+    )
     message = "other/thesis.txt is not a folder"
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt")
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt/run")

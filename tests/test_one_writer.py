@@ -1,4 +1,4 @@
-"""One folder has one writer: a second one is refused in a line before it touches anything; killed ones leave no lock."""
+"""One folder has one writer: a second one is refused in a line before it touches anything; a killed one holds none."""
 
 import json
 import os
@@ -11,11 +11,13 @@ import pytest
 from conftest import FULL, PROJECT, contents, run_script, start_script
 
 from pipeline import lock
-from pipeline.errors import InputError
+from pipeline.errors import InputError, RunError
+from pipeline.run_folder import writing
 
 SMALL = ("--model_name", "demo/tiny-t5", "--dataset", "demo/tweets", "--sem_model", "none", "--max_train_samples", 48)
 SMALL += ("--max_eval_samples", 24, "--lr", "1e-3")
-HOLDS = "import sys, time; from pipeline.lock import only_writer\nwith only_writer(sys.argv[1]): print(1, flush=True); time.sleep(60)"
+HOLDS = "import sys, time; from pipeline.lock import only_writer\n"
+HOLDS += "with only_writer(sys.argv[1]): print(1, flush=True); time.sleep(60)"
 
 
 def demo(*more):
@@ -120,6 +122,18 @@ def test_the_lock_of_a_process_on_another_machine_holds_while_it_is_touched(tmp_
         assert "host=elsewhere" not in path.read_text()
 
 
-def test_a_process_that_loses_its_lock_stops(tmp_path, holder):
-    (tmp_path / "run" / lock.LOCK).unlink()
-    assert holder.wait(30) == 1
+def test_a_process_that_loses_its_lock_writes_nothing_more(tmp_path, monkeypatch):
+    """As when it was suspended for so long that another process took the folder over."""
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.1)
+    folder = tmp_path / "run"
+    with lock.only_writer(folder):
+        with writing(folder / "metrics.csv") as beside:
+            beside.write_text("ours")
+        (folder / lock.LOCK).unlink()
+        (folder / lock.LOCK).write_text("filelock/2\npid=1\nhost=elsewhere\nmode=lease\ntoken=aa\nduration=60.0\n")
+        end = time.monotonic() + 30
+        while not lock._lost and time.monotonic() < end:
+            time.sleep(0.05)
+        with pytest.raises(RunError, match="lock was removed or taken over"), writing(folder / "metrics.csv") as beside:
+            beside.write_text("theirs")
+    assert (folder / "metrics.csv").read_text() == "ours"

@@ -236,4 +236,4 @@ def test_overwriting_waits_for_good_input_and_removes_only_what_a_run_wrote(plac
     other.mkdir()
     (other / "thesis.txt").write_text("")
     argv = arguments(place, full, other, "--overwrite")
-    assert_refused_at(capfd, other, full, argv, "other files")
+    assert_refused_at(capfd, other, full, argv, "which no run has written")

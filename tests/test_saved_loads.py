@@ -55,7 +55,7 @@ def write_tied(folder, kind=T5ForConditionalGeneration, config=T5Config, **more)
 
 
 def write_other_class(folder):
-    """The demo's model with a tokenizer whose class does more in transformers 4 than tokenizer.json says."""
+    """The demo's model with a tokenizer of a class that transformers 5 renames, and which pads at the left."""
     shutil.copytree(TINY_T5, folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"}
@@ -218,7 +218,7 @@ def plain_peft(folder, base, **save):
             for weight in model.parameters():
                 if weight.requires_grad:
                     spread = weight.std() if weight.numel() > 1 else 0
-                    weight.add_(torch.randn_like(weight) * 0.15 * (spread or 0.2))
+                    weight.add_(torch.randn_like(weight) * 0.3 * (spread or 0.2))
         model.save_pretrained(folder, **options)
     return folder
 
@@ -240,8 +240,6 @@ def assert_answers_as_peft(folder, base):
 @pytest.mark.parametrize("base", ["untied", "tied"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_of_plain_peft_answers_as_peft_does(tmp_path, bases, base, name):
-    if name == "PiSSA" and base == "untied":
-        base = "tied"  # of the demo's model it changes too little
     folder = plain_peft(tmp_path / "adapter", bases[base], **{"r": 2, "lora_alpha": 32} | ADAPTERS[name])
     assert_answers_as_peft(folder, bases[base])
 
@@ -300,7 +298,10 @@ def refusal(folder, capfd, **options):
         ({"kind": "PrefixTuningConfig", "num_virtual_tokens": 3}, "an adapter of type PREFIX_TUNING, not LORA"),
         ({"target_modules": ["q"], "task_type": "SEQ_CLS"}, "an adapter for the task SEQ_CLS, which does not answer"),
         ({"target_modules": ["q"], "init_lora_weights": "pissa_niter_4"}, "changes its base at random whenever"),
-        ({"target_modules": ["q", "shared"], "ensure_weight_tying": True}, "PEFT ignores its base_model.model."),
+        (
+            {"target_modules": ["q", "shared", "lm_head"], "ensure_weight_tying": True},
+            "PEFT ignores its base_model.model.",
+        ),
     ],
 )
 def test_what_cannot_be_scored_right_is_refused_for_its_reason(tmp_path, capfd, config, message):
