@@ -76,8 +76,8 @@ def check_architecture(where, config):
     if kind is None and not named:
         raise InputError(f"{where}: the model cannot be loaded: its config.json does not name a model_type")
     only = "only T5, mT5, UMT5, LongT5 and ByT5 models can"
-    if kind not in FAMILY:
-        name = OTHERS.get(kind, kind) if isinstance(kind, str) else kind or named[0]
+    if not isinstance(kind, str) or kind not in FAMILY:
+        name = OTHERS.get(kind, kind) if isinstance(kind, str) else (named or [kind])[0]
         raise InputError(f"{where} is a {name} model, which cannot be loaded here: {only}")
     if named and not {*FAMILY.values(), *ALSO_T5} & {*named}:
         part = "an encoder without a decoder" if "Encoder" in named[0] else "not a whole T5 model"
