@@ -581,10 +581,11 @@ def answer(
         what = f"{cut} of {len(pairs)} prompts were cut to {max_input_len} tokens (max_input_len)"
         warnings.warn(f"{what}: words at the end of the tweet were left out", stacklevel=2)
 
-    answers, scores, collate = [], [], build_collate_fn(tokenizer)
+    answers, scores = [], []
     with eval_mode(model), torch.inference_mode():
         for some in chunks(prompts, batch_size):
-            inputs = collate([{"input_ids": ids} for ids in some])
+            # With a mask, whatever the tokenizer's files say that the model takes.
+            inputs = tokenizer.pad({"input_ids": some}, return_attention_mask=True, return_tensors="pt")
             input_ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
             encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
             texts, token_ids = decode_batch(model, tokenizer, encoded, mask, beams=beams, max_target_len=max_target_len)

@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     EncoderDecoderCache,
     GenerationConfig,
-    GenerationMixin,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -241,6 +240,8 @@ def search(model, tokenizer, *, beams, max_target_len, **inputs):
     gets a shallow copy of the model, with the same weights and modules; the model itself is not changed, and threads
     can share it.
     """
+    from transformers import GenerationMixin  # imports accelerate, which takes long
+
     settings = GenerationConfig(
         num_beams=beams,
         do_sample=False,

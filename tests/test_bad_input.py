@@ -130,7 +130,7 @@ def test_wrong_models(place, capfd, minilm):
 
     whole = (place / "model" / "model.safetensors").read_bytes()
     (copy_model(place, "cut_off") / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused("cut_off", "--model_name cut_off: the model in this folder cannot be loaded (SafetensorError")
+    refused("cut_off", "--model_name cut_off: model.safetensors is damaged or incomplete (SafetensorError")
 
     weights = load_file(place / "model" / "model.safetensors")
     del weights["decoder.final_layer_norm.weight"]
@@ -204,10 +204,10 @@ def test_eval_only_of_what_is_no_checkpoint(place, capfd, minilm, script):
 
     refused("nowhere", "--save_dir nowhere: there is no such folder; --eval_only needs one with a checkpoint")
     refused("data", "--save_dir data has no checkpoint")
-    refused(str(minilm), "the model in this folder cannot be loaded")
+    refused(str(minilm), "is a BERT model, which cannot be loaded here")
     weights = copy_model(place, "cut_off") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("cut_off", "--save_dir cut_off: the model in this folder cannot be loaded")
+    refused("cut_off", "--save_dir cut_off: model.safetensors is damaged or incomplete (SafetensorError")
     (copy_model(place, "bad_record") / "run.json").write_text("{")
     refused("bad_record", "run.json cannot be read")
     (place / "adapter").mkdir()

@@ -105,7 +105,8 @@ def test_the_breakdown_counts_each_example_once_a_feature(tweet_qa):
         "handle",
         "number",
         "emoji",
-    }  # none has a URL
+        "url",
+    }
     first = table.iloc[0]
     assert (first["feature"], first["value"], first["f1"]) == ("question", "who", pytest.approx(0.1))
     large = table[table["count"] >= WELL_POPULATED]

@@ -147,7 +147,7 @@ def test_a_damaged_folder_is_not_resumed(place, stopped, tmp_path, monkeypatch, 
         message = "its weights are not those that this model trains"
         refused(message, lambda folder, wrong=wrong: save_file(wrong, folder / "last" / "model.safetensors"))
 
-    refused("cannot be loaded", lambda folder: cut_off(folder / WEIGHTS[script]))
+    refused("is damaged or incomplete", lambda folder: cut_off(folder / WEIGHTS[script]))
     refused("cannot be loaded", lambda folder: (folder / WEIGHTS[script]).unlink())
     refused("its tokenizer files are missing", lambda folder: (folder / "tokenizer.json").unlink())
     refused("run.json cannot be read", lambda folder: (folder / "run.json").write_text("{"))
@@ -182,7 +182,7 @@ def test_adapters_that_do_not_fit_are_named(place, stopped, tmp_path, flan_t5_fi
         torch.save(load_file(folder / WEIGHTS[script]), folder / "adapter_model.bin")
         (folder / WEIGHTS[script]).unlink()
 
-    refused("the adapter in this folder cannot be loaded", lambda folder: cut_off(folder / WEIGHTS[script]))
+    refused(f"{WEIGHTS[script]} is damaged or incomplete", lambda folder: cut_off(folder / WEIGHTS[script]))
     refused("(it has no adapter_model.safetensors)", pickled)
     refused("its tokenizer files are missing", lambda folder: (folder / "tokenizer.json").unlink())
     refused("of type IA3, not LORA", config(peft_type="IA3"))
