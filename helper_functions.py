@@ -24,6 +24,7 @@ from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from transformers import DataCollatorForSeq2Seq, DynamicCache, EncoderDecoderCac
 from pipeline import interrupts
 from pipeline.data import load_tweet_qa
 from pipeline.errors import InputError, RunError
+from pipeline.fast_cpu import shares_keys
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 from pipeline.leaderboard import leaderboard_scores
 from pipeline.metrics import METRICS
@@ -146,19 +148,18 @@ def _tokenize_targets(tokenizer, max_length, texts):
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler):
-    """A random order of a `TweetQADataset` in which a batch has examples of similar length and needs little padding.
+    """A random order of a `TweetQADataset` in which the prompts of a batch have similar lengths and need less padding.
 
-    The examples are shuffled, then cut into windows of `WINDOW` batches, or of a tenth of all batches if that is less.
-    A window is sorted by the length of the prompt. Each strip of `STRIP` batches of it (at most a third) is then sorted
-    by the length of the target, and the window's batches are shuffled.
+    The examples are shuffled, then cut into windows of `WINDOW` batches. A window is sorted by the length of the
+    prompt, and its batches are shuffled.
 
-    data: a TweetQADataset with labels. batch_size: of the loader. seed: the order depends only on it and on the epoch
-    that `set_epoch` sets. Every example comes exactly once; an incomplete batch comes last.
+    data: a TweetQADataset. batch_size: of the loader. seed: the order depends only on it and on the epoch that
+    `set_epoch` sets. Every example comes exactly once; an incomplete batch comes last.
     """
 
-    # On TweetQA with batches of 8, 3 % of the prompts' tokens and 11 % of the targets' are padding; in a random order
-    # 21 % and 45 % are. A window has a thousand examples then, so a batch is a random draw among similar lengths.
-    WINDOW, STRIP = 200, 12
+    # On TweetQA with batches of 8, 9 % of the prompts' tokens are padding then; in a random order 21 % are. In larger
+    # windows a batch's examples are more alike, which costs quality: benchmarks/results/quality.md has the figures.
+    WINDOW = 4
 
     def __init__(self, data, batch_size, seed=0):
         self.data, self.batch_size, self.seed, self.epoch = data, batch_size, seed, 0
@@ -173,20 +174,11 @@ class LengthGroupedSampler(torch.utils.data.Sampler):
         rng = random.Random(f"{self.seed} {self.epoch}")
         order = rng.sample(range(len(self.data)), len(self.data))
         rest = order[len(order) - len(order) % self.batch_size :]
-        order = order[: len(order) - len(rest)]
-        # With larger windows the examples of a batch are more alike, and so are the batches of different epochs. With
-        # windows of a quarter of its few rows the demo's T5 learned worse than in a random order; of a tenth, as well.
-        batches_a_window = max(1, min(self.WINDOW, len(order) // (10 * self.batch_size)))
-        batches_a_strip = max(1, min(self.STRIP, batches_a_window // 3))
-        for window in chunks(order, batches_a_window * self.batch_size):
+        for window in chunks(order[: len(order) - len(rest)], self.WINDOW * self.batch_size):
             window.sort(key=lambda index: len(self.data.input_ids[index]))
-            batches = []
-            for strip in chunks(window, batches_a_strip * self.batch_size):
-                strip.sort(key=lambda index: len(self.data.labels[index]))
-                batches += chunks(strip, self.batch_size)
+            batches = chunks(window, self.batch_size)
             rng.shuffle(batches)
-            for batch in batches:
-                yield from batch
+            yield from chain.from_iterable(batches)
         yield from rest
 
 
@@ -286,7 +278,7 @@ def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cros
     if cross is None:
         cross = DynamicCache()
         token_log_probs(model, encoded, mask, mask.new_full((len(mask), 1), LABEL_PAD), cross)
-    if beams > 1:
+    if beams > 1 and not shares_keys(model, encoded):
         cross = copy.deepcopy(cross)
         cross.batch_repeat_interleave(beams)
     token_ids = search(

@@ -29,6 +29,7 @@ import pipeline  # noqa: F401, I001 (before the libraries, which look for the ho
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -48,12 +49,12 @@ from pipeline import checkpoint, devices, figures, interrupts, lock, memory, pub
 from pipeline.arguments import build_parser, with_defaults
 from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
-from pipeline.fast_cpu import keep_memory, use_fast_dropout
+from pipeline.fast_cpu import keep_memory, use_fast_training
 from pipeline.leaderboard import with_leaderboard_scores
 from pipeline.metrics import metrics_line
 from pipeline.resume import LoopState
 from pipeline.step_plan import StepPlan
-from pipeline.t5 import use_gradient_checkpointing
+from pipeline.t5 import target_logits, use_gradient_checkpointing
 
 WEIGHT_DECAY = 0.01  # of matrices only: norms have one-dimensional weights, and pulling those to zero hurts
 WARMUP = 0.06  # share of all steps in which the learning rate rises; without it T5 is unstable in the first steps
@@ -337,7 +338,7 @@ def prepare(setup, model, plan):
     args, accelerator = setup.args, setup.accelerator
     data, collate = setup.loaders["train"].dataset, setup.loaders["train"].collate_fn
     accelerator.gradient_accumulation_steps = plan.accumulation
-    use_fast_dropout(model)
+    use_fast_training(model, alone=accelerator.num_processes == 1)
     if args.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if accelerator.device.type == "cpu":
@@ -473,12 +474,7 @@ def train_step(prepared, group, accelerator):
     for position, (batch, tokens) in enumerate(group, start=1):
         with accelerator.no_sync(model) if position < len(group) else nullcontext():
             with accelerator.autocast():  # a sharded model does not do it by itself
-                mean_loss = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    labels=batch["labels"],
-                    use_cache=False,  # a copy of keys and values that only a search uses
-                ).loss
+                mean_loss = F.cross_entropy(*target_logits(model, batch))
             loss = mean_loss * tokens / step_tokens
             # backward() divides by the accumulation steps and averages over processes; this loss needs neither.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)

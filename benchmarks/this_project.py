@@ -18,7 +18,7 @@ from helper_functions import (
 )
 from pipeline.arguments import EVAL_BATCH_SIZE
 from pipeline.devices import choose_precision
-from pipeline.fast_cpu import keep_memory, use_fast_dropout
+from pipeline.fast_cpu import keep_memory, use_fast_training
 from pipeline.resume import LoopState
 from tweet_qa_main import Prepared, build_optimizer, main, train_epoch
 from tweet_qa_main_lora import add_lora
@@ -56,7 +56,7 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     accelerator = _accelerator()
     data = TweetQADataset([rows[position] for position in order], tokenizer)
     loader = build_loader(data, batch_size, _collate(tokenizer, device), range(len(data)))
-    use_fast_dropout(model)
+    use_fast_training(model, alone=True)
     if device == "cpu":
         keep_memory()
     optimizer, schedule = build_optimizer(model, lr, -(-len(order) // batch_size))

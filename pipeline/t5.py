@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import contract
 from pipeline.errors import InputError, reason
-from pipeline.fast_cpu import use_torch_kernels
+from pipeline.fast_cpu import use_fast_kernels
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 
 # Where a hub repository has pickled weights alone, transformers would take converted ones from anybody's pull request.
@@ -84,7 +84,7 @@ def _load(where, model_name, cached):
     # transformers 5 says "tied" of every T5. Saved like that, transformers 4 would tie the separate lm_head of a
     # flan-t5 or t5-v1_1 again, silently, and answer nonsense. It also scales the output of what is said to be tied.
     model.config.tie_word_embeddings = tied and scaled
-    use_torch_kernels(model)
+    use_fast_kernels(model)
     return model, tokenizer
 
 
@@ -199,6 +199,29 @@ def use_gradient_checkpointing(model, **options):
     """
     # Reentrant checkpointing needs inputs that require a gradient, and those of a LoRA model's first layer do not.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
+
+
+def target_logits(model, batch):
+    """(logits, labels) of a batch's target tokens, for the loss: float (tokens, vocabulary) and int64 (tokens,).
+
+    model: T5 or PeftModel, as it is or wrapped for several processes. The targets' padding, half of a batch of random
+    targets, is left out before the output layer, which is a third of a step's work.
+    """
+    labels = batch["labels"]
+    counted = labels != LABEL_PAD
+    whole = next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
+    head = whole.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][counted],))
+    try:
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=whole.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,  # a copy of keys and values that only a search uses
+        ).logits
+    finally:
+        hook.remove()
+    return logits, labels[counted]
 
 
 class SearchCache(EncoderDecoderCache):
