@@ -54,7 +54,7 @@ from pipeline.leaderboard import with_leaderboard_scores
 from pipeline.metrics import metrics_line
 from pipeline.resume import LoopState
 from pipeline.step_plan import StepPlan
-from pipeline.t5 import target_logits, use_gradient_checkpointing
+from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
 
 WEIGHT_DECAY = 0.01  # of matrices only: norms have one-dimensional weights, and pulling those to zero hurts
 WARMUP = 0.06  # share of all steps in which the learning rate rises; without it T5 is unstable in the first steps
@@ -474,7 +474,7 @@ def train_step(prepared, group, accelerator):
     for position, (batch, tokens) in enumerate(group, start=1):
         with accelerator.no_sync(model) if position < len(group) else nullcontext():
             with accelerator.autocast():  # a sharded model does not do it by itself
-                mean_loss = F.cross_entropy(*target_logits(model, batch))
+                mean_loss = F.cross_entropy(*target_logits(model, batch, target_positions(batch["labels"])))
             loss = mean_loss * tokens / step_tokens
             # backward() divides by the accumulation steps and averages over processes; this loss needs neither.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)

@@ -65,6 +65,21 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     train_epoch(prepared, accelerator, LoopState(batch_size=batch_size))
 
 
+def fit(model, data, collate, accelerator, batch_size, lr, seed, epochs):
+    """Train for some epochs on the CPU, in the order of the script's loader, as `tweet_qa_main.train` does."""
+    set_seed(seed)
+    use_fast_training(model, alone=True)
+    keep_memory()
+    loader = train_loader(data, batch_size, collate, seed)
+    optimizer, schedule = build_optimizer(model, lr, epochs * -(-len(data) // batch_size))
+    prepared = Prepared(*accelerator.prepare(model, loader, optimizer), schedule, hollow=None)
+    state = LoopState(batch_size=batch_size)
+    for epoch in range(epochs):
+        train_epoch(prepared, accelerator, state)
+        state.epoch, state.epoch_tokens = epoch + 1, []
+    accelerator.free_memory()
+
+
 def validate(model, tokenizer, rows, beams, device, sem_model=None):
     """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
     accelerator = _accelerator()

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import RunError, reason
-from pipeline.t5 import use_gradient_checkpointing
+from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
 
 HEAP_GAPS = 0.5  # heap fragmentation on a CPU, as a share of the activations (0.1 to 0.9 of them were measured)
 
@@ -90,11 +91,13 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
         if any(getattr(module, "gradient_checkpointing", False) for module in twin.modules()):
             use_gradient_checkpointing(twin, preserve_rng_state=False)  # there is none to preserve
         given = {name: without_memory(batch[name]) for name in ("input_ids", "attention_mask", "labels")}
+        positions = target_positions(batch["labels"]) if device.type == "cpu" else None
+        positions = None if positions is None else without_memory(positions)
         weights = list(twin.parameters())
         with LiveBytes(weights + list(twin.buffers())) as live:
             for _ in range(2 if accumulate else 1):
                 with autocast():
-                    loss = twin(**given, use_cache=False).loss
+                    loss = F.cross_entropy(*target_logits(twin, given, positions))
                 loss.backward()
                 del loss
         kept = _optimizer_bytes(make_optimizer(twin))

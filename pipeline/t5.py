@@ -201,17 +201,26 @@ def use_gradient_checkpointing(model, **options):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
 
 
-def target_logits(model, batch):
-    """(logits, labels) of a batch's target tokens, for the loss: float (tokens, vocabulary) and int64 (tokens,).
+def target_positions(labels):
+    """The positions, int64 (tokens,), of the labels that are no padding, in labels.flatten(); on a GPU None, for all:
+    counting them would make each step wait for the GPU."""
+    return (labels != LABEL_PAD).flatten().nonzero().squeeze(1) if labels.is_cpu else None
 
-    model: T5 or PeftModel, as it is or wrapped for several processes. The targets' padding, half of a batch of random
-    targets, is left out before the output layer, which is a third of a step's work.
+
+def target_logits(model, batch, positions=None):
+    """(logits, labels) of a batch for the loss: float (tokens, vocabulary) and int64 (tokens,).
+
+    model: a T5 model or a PeftModel, as it is or wrapped for several processes. positions: of `target_positions`. Other
+    positions are left out before the output layer: of a random batch's targets half is padding, and the output layer
+    is a third of a step's work. Without positions the labels of the padding are -100.
     """
     labels = batch["labels"]
-    counted = labels != LABEL_PAD
     whole = next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
-    head = whole.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][counted],))
+
+    def select(module, inputs):
+        return inputs[0].flatten(0, 1) if positions is None else inputs[0].flatten(0, 1)[positions]
+
+    hook = whole.get_output_embeddings().register_forward_pre_hook(select)
     try:
         logits = model(
             input_ids=batch["input_ids"],
@@ -221,7 +230,7 @@ def target_logits(model, batch):
         ).logits
     finally:
         hook.remove()
-    return logits, labels[counted]
+    return logits, labels.flatten() if positions is None else labels.flatten()[positions]
 
 
 class SearchCache(EncoderDecoderCache):

@@ -41,7 +41,7 @@ from helper_functions import (
 )
 from pipeline.arguments import build_parser
 from pipeline.checkpoint import load_checkpoint
-from pipeline.fast_cpu import use_fast_dropout
+from pipeline.fast_cpu import use_fast_training
 from pipeline.memory import LiveBytes, largest_batch, memory_lines, training_memory
 from pipeline.resume import LoopState
 from pipeline.t5 import use_gradient_checkpointing
@@ -66,7 +66,7 @@ def load(folder, method, checkpointing=False, base_dtype="fp32"):
     if method == "lora":
         options = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q", "v", "wo"]}
         model = add_lora(model, Namespace(**options, base_dtype=base_dtype))
-    use_fast_dropout(model)
+    use_fast_training(model, alone=True)
     if checkpointing:
         use_gradient_checkpointing(model)
     return model.train()
