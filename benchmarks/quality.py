@@ -5,8 +5,8 @@
     python -m benchmarks.quality --quick                            # checks that it works
 
 Each variant trains the demo's T5 for three epochs with the scripts' own functions, full and LoRA. F1 is that of the
-last epoch on the whole validation split, greedy: no row chooses anything. A variant and the baseline (random order, float32)
-share their seeds, so that the difference of each seed is one draw, and Student's interval is that of its mean.
+last epoch on the whole validation split, greedy: no row chooses anything. A variant and the baseline, random order in
+float32, share their seeds, so that the difference of each seed is one draw, and Student's interval is that of its mean.
 """
 
 import argparse
