@@ -24,7 +24,6 @@ from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ from pipeline.t5 import LABEL_PAD, SearchCache, encoder_output, load_model_and_t
 from pipeline.text import check_counts, normalize_answer, paired_texts, question_type, reference_list, tweet_features
 
 # The public names, those of pipeline/ included.
-__all__ = ["InputError", "LABEL_PAD", "LengthGroupedSampler", "PROMPT", "RunError", "TweetQADataset", "answer"]
+__all__ = ["EpochSampler", "InputError", "LABEL_PAD", "PROMPT", "RunError", "TweetQADataset", "answer"]
 __all__ += ["build_collate_fn", "build_prompt", "evaluate", "exact_match", "leaderboard_scores", "load_sem_model"]
 __all__ += ["load_model_and_tokenizer", "load_tweet_qa", "normalize_answer", "predict", "question_type"]
 __all__ += ["quiet_libraries", "semantic_similarity", "token_f1", "tweet_features"]
@@ -147,39 +146,24 @@ def _tokenize_targets(tokenizer, max_length, texts):
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-class LengthGroupedSampler(torch.utils.data.Sampler):
-    """A random order of a `TweetQADataset` in which the prompts of a batch have similar lengths and need less padding.
+class EpochSampler(torch.utils.data.Sampler):
+    """A random order of `count` examples that depends only on the seed and on the epoch that `set_epoch` sets.
 
-    The examples are shuffled, then cut into windows of `WINDOW` batches. A window is sorted by the length of the
-    prompt, and its batches are shuffled.
-
-    data: a TweetQADataset. batch_size: of the loader. seed: the order depends only on it and on the epoch that
-    `set_epoch` sets. Every example comes exactly once; an incomplete batch comes last.
+    Batches of examples with similar lengths would need less padding, but they cost F1: about 1 point on the demo's 960
+    rows, with both methods.
     """
 
-    # On TweetQA with batches of 8, 9 % of the prompts' tokens are padding then; in a random order 21 % are. In larger
-    # windows a batch's examples are more alike, which costs quality: benchmarks/results/quality.md has the figures.
-    WINDOW = 4
-
-    def __init__(self, data, batch_size, seed=0):
-        self.data, self.batch_size, self.seed, self.epoch = data, batch_size, seed, 0
+    def __init__(self, count, seed=0):
+        self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.data)
+        return self.count
 
     def __iter__(self):
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(len(self.data)), len(self.data))
-        rest = order[len(order) - len(order) % self.batch_size :]
-        for window in chunks(order[: len(order) - len(rest)], self.WINDOW * self.batch_size):
-            window.sort(key=lambda index: len(self.data.input_ids[index]))
-            batches = chunks(window, self.batch_size)
-            rng.shuffle(batches)
-            yield from chain.from_iterable(batches)
-        yield from rest
+        return iter(random.Random(f"{self.seed} {self.epoch}").sample(range(self.count), self.count))
 
 
 def chunks(items, size):
@@ -219,7 +203,8 @@ def make_loaders(rows, tokenizer, args, accelerator):
 
     rows: {role: rows}. args: the command line. accelerator: the run's, whose processes share the rows.
     """
-    collate = build_collate_fn(tokenizer, pad_to_multiple_of=8 if accelerator.device.type == "cuda" else None)
+    # A GPU multiplies such lengths fastest; oneDNN on a CPU compiles and keeps a kernel for each size that it meets.
+    collate = build_collate_fn(tokenizer, pad_to_multiple_of=8)
     process = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     loaders = {}
     for role, role_rows in rows.items():
@@ -232,13 +217,12 @@ def make_loaders(rows, tokenizer, args, accelerator):
     return loaders
 
 
-def train_loader(data, batch_size, collate, seed, processes=1):
-    """A DataLoader of the training rows, whose order depends on the seed and the epoch alone.
+def train_loader(data, batch_size, collate, seed):
+    """A DataLoader of the training rows in random order, which depends on the seed and the epoch alone.
 
-    processes: how many processes share its batches, in turn. The batches of a step have similar lengths, and together
-    the examples of one batch of that many times the size in one process.
+    batch_size: of one process; several processes share the batches, in turn.
     """
-    return build_loader(data, batch_size, collate, LengthGroupedSampler(data, batch_size * processes, seed))
+    return build_loader(data, batch_size, collate, EpochSampler(len(data), seed))
 
 
 def eval_loader(data, batch_size, collate, process=0, processes=1):

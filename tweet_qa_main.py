@@ -343,7 +343,7 @@ def prepare(setup, model, plan):
         use_gradient_checkpointing(model)
     if accelerator.device.type == "cpu":
         keep_memory()
-    loader = train_loader(data, plan.batch_size, collate, args.seed, accelerator.num_processes)
+    loader = train_loader(data, plan.batch_size, collate, args.seed)
     known = {"effective_batch_size": plan.effective_batch_size}
     if accelerator.is_main_process and not accelerator.is_fsdp2:  # the estimate does not know about shards
         known["estimated_peak_mb"] = memory.estimate_memory(

@@ -46,8 +46,8 @@ def _accelerator():
     )
 
 
-def _collate(tokenizer, device):
-    return build_collate_fn(tokenizer, pad_to_multiple_of=8 if device == "cuda" else None)
+def _collate(tokenizer):
+    return build_collate_fn(tokenizer, pad_to_multiple_of=8)
 
 
 def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
@@ -55,7 +55,7 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     set_seed(seed)
     accelerator = _accelerator()
     data = TweetQADataset([rows[position] for position in order], tokenizer)
-    loader = build_loader(data, batch_size, _collate(tokenizer, device), range(len(data)))
+    loader = build_loader(data, batch_size, _collate(tokenizer), range(len(data)))
     use_fast_training(model, alone=True)
     if device == "cpu":
         keep_memory()
@@ -65,26 +65,11 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     train_epoch(prepared, accelerator, LoopState(batch_size=batch_size))
 
 
-def fit(model, data, collate, accelerator, batch_size, lr, seed, epochs):
-    """Train for some epochs on the CPU, in the order of the script's loader, as `tweet_qa_main.train` does."""
-    set_seed(seed)
-    use_fast_training(model, alone=True)
-    keep_memory()
-    loader = train_loader(data, batch_size, collate, seed)
-    optimizer, schedule = build_optimizer(model, lr, epochs * -(-len(data) // batch_size))
-    prepared = Prepared(*accelerator.prepare(model, loader, optimizer), schedule, hollow=None)
-    state = LoopState(batch_size=batch_size)
-    for epoch in range(epochs):
-        train_epoch(prepared, accelerator, state)
-        state.epoch, state.epoch_tokens = epoch + 1, []
-    accelerator.free_memory()
-
-
 def validate(model, tokenizer, rows, beams, device, sem_model=None):
     """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
     accelerator = _accelerator()
     data = TweetQADataset(rows, tokenizer)
-    loader = eval_loader(data, EVAL_BATCH_SIZE[device], _collate(tokenizer, device))
+    loader = eval_loader(data, EVAL_BATCH_SIZE[device], _collate(tokenizer))
     metrics, frame = evaluate(
         model.to(device),
         loader,

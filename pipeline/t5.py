@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -202,17 +203,22 @@ def use_gradient_checkpointing(model, **options):
 
 
 def target_positions(labels):
-    """The positions, int64 (tokens,), of the labels that are no padding, in labels.flatten(); on a GPU None, for all:
-    counting them would make each step wait for the GPU."""
-    return (labels != LABEL_PAD).flatten().nonzero().squeeze(1) if labels.is_cpu else None
+    """The positions in labels.flatten() that are no padding, int64, filled up to a multiple of 16 with -1.
+
+    On a GPU it is None, for all: counting them would make each step wait for the GPU.
+    """
+    if not labels.is_cpu:
+        return None
+    positions = (labels != LABEL_PAD).flatten().nonzero().squeeze(1)
+    # oneDNN compiles and keeps a kernel for each size that it meets.
+    return F.pad(positions, (0, -len(positions) % 16), value=-1)
 
 
 def target_logits(model, batch, positions=None):
-    """(logits, labels) of a batch for the loss: float (tokens, vocabulary) and int64 (tokens,).
+    """(logits, labels) of a batch for the loss: float (tokens, vocabulary) and int64 (tokens,), -100 where none counts.
 
-    model: a T5 model or a PeftModel, as it is or wrapped for several processes. positions: of `target_positions`. Other
-    positions are left out before the output layer: of a random batch's targets half is padding, and the output layer
-    is a third of a step's work. Without positions the labels of the padding are -100.
+    model: a T5 model or a PeftModel, as it is or wrapped for several processes. positions: of `target_positions`. The
+    output layer, which is a third of a step's work, computes no others: half of a batch's targets is padding.
     """
     labels = batch["labels"]
     whole = next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
@@ -230,7 +236,9 @@ def target_logits(model, batch, positions=None):
         ).logits
     finally:
         hook.remove()
-    return logits, labels.flatten() if positions is None else labels.flatten()[positions]
+    if positions is None:
+        return logits, labels.flatten()
+    return logits, labels.flatten()[positions].masked_fill(positions < 0, LABEL_PAD)
 
 
 class SearchCache(EncoderDecoderCache):
