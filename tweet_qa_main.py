@@ -150,9 +150,8 @@ def train_and_evaluate(args, wrap, started):
         started -= saved.state.wall_seconds
         if saved.state.best_epoch:
             checkpoint.load_checkpoint(folder, args.model_name, cached=True)  # raises InputError if it is damaged
-    describe(setup, start, args.model_name, note)
-
     plan = plan_steps(args, start["train_rows"], accelerator.num_processes, saved.state.batch_size if saved else None)
+    describe(setup, start, args.model_name, note)
     while True:
         try:
             training = train(setup, model, plan, start=start, started=started, saved=saved)

@@ -174,7 +174,7 @@ def has_checkpoint(folder):
 def check_has_checkpoint(folder):
     """Raise InputError unless `folder` has a checkpoint to evaluate, and can be written to."""
     folder = Path(folder)
-    or_name = "a model that was not fine-tuned is scored with --model_name and a new --save_dir"
+    or_name = "to score a model as it is, give tweet_qa_main.py --model_name and a new folder"
     if not folder.is_dir():
         raise InputError(
             f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint ({or_name})"

@@ -393,10 +393,10 @@ def scores_untrained(args, former, method):
     """
     folder = Path(args.save_dir)
     again = former is not None and former["method"] == "base"
-    if not again and (former or not args.model_name or has_checkpoint(folder)):
+    if again and method == "lora":
+        raise InputError(f"--save_dir {folder} has the scores of a model without an adapter: use tweet_qa_main.py")
+    if not again and (former or has_checkpoint(folder) or not args.model_name or method == "lora"):
         return False  # what is missing there is said by the check of the checkpoint
-    if method == "lora":
-        raise InputError("a model that was not fine-tuned is scored by tweet_qa_main.py --eval_only: use that script")
     if args.push_to_hub is not None:
         raise InputError("--push_to_hub: a model that was only scored is not uploaded, since nothing was trained")
     if not again:

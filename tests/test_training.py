@@ -19,7 +19,7 @@ def load(folder, lora=False):
     model = load_model_and_tokenizer(str(folder))[0]
     if lora:
         options = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q", "v"]}
-        model = add_lora(model, Namespace(**options, base_dtype="fp32"))
+        model = add_lora(model, Namespace(**options, base_dtype="fp32", use_rslora=False, use_dora=False))
     return model
 
 
@@ -111,8 +111,16 @@ OPTIMIZERS = {
     "AdamW, fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=True),
     "AdamW, not fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=False),
     "SGD with momentum": lambda weights: torch.optim.SGD(weights, lr=1e-2, momentum=0.9, weight_decay=0.01),
-    "Adafactor": lambda weights: torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.01),
+    "torch's Adafactor": lambda weights: torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.01),
+    "--optim adafactor": lambda weights: build_optimizer(holding(weights), 1e-2, 10, optim="adafactor")[0],
 }
+
+
+def holding(weights):
+    """A module with these weights."""
+    module = torch.nn.Module()
+    module.weights = torch.nn.ParameterList(weights)
+    return module
 
 
 def state_of(optimizer):
