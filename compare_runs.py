@@ -210,7 +210,8 @@ def label(run, runs):
 def differing(runs):
     """{name: its values} of the arguments that set methods apart and are not the same for all runs."""
     names = dict.fromkeys(name for run in runs for name in run.arguments)
-    values = {name: [run.typed(name) for run in runs] for name in names}
+    # An untrained model has no arguments of training, in which others could differ from it.
+    values = {name: [run.typed(name) for run in runs if run.trained or name in run.arguments] for name in names}
     values |= {name: [run.content[name] for run in runs] for name in known_content(runs)}
     differ = {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
     if {"optim", "weight_decay"} & set(differ):

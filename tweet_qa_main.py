@@ -126,7 +126,8 @@ def run(args, wrap=None):
     if args.push_to_hub is not None:
         publish.check_can_push(args.push_to_hub)
     # Of several processes the first one holds the lock for all. A folder that must exist already is not created.
-    there = Path(args.save_dir).is_dir() or not (args.resume or (args.eval_only and not args.model_name))
+    must_be_there = args.resume or (args.eval_only and (wrap or not args.model_name))
+    there = Path(args.save_dir).is_dir() or not must_be_there
     with lock.only_writer(args.save_dir) if there and devices.is_first_process() else nullcontext():
         if args.eval_only:
             evaluate_only(args, wrap)

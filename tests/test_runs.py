@@ -105,7 +105,8 @@ def test_the_run_folder_holds_each_promised_file(runs, script):
     assert sorted(path.name for path in folder.iterdir()) == sorted([*WRITTEN, WEIGHTS[script], *config.split()])
     metrics = pd.read_csv(folder / "metrics.csv")
     assert list(metrics) == (
-        "epoch train_loss val_loss em f1 avg_sem_sim epoch_seconds steps_per_sec samples_per_sec peak_vram_mb seconds_since_start"
+        "epoch train_loss val_loss em f1 avg_sem_sim epoch_seconds steps_per_sec samples_per_sec peak_vram_mb"
+        " seconds_since_start"
     ).split(" ")
     assert metrics["epoch"].tolist() == [1, 2] and metrics.notna().all(axis=None)
     steps = pd.read_csv(folder / "train_loss.csv")
