@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import pandas as pd
@@ -12,6 +14,7 @@ from accelerate import Accelerator
 from conftest import (
     FULL,
     LORA,
+    PROJECT,
     SCRIPTS,
     arguments,
     assert_refused_at,
@@ -326,6 +329,29 @@ def test_a_dora_adapter_is_saved_whole_and_answers_as_it_did(changed):
     done = run_script(LORA, "--eval_only", "--save_dir", folder)
     assert done.returncode == 0, done.stderr
     pd.testing.assert_frame_equal(pd.read_csv(folder / "validation_predictions.csv", keep_default_na=False), before)
+
+
+UNDER_4 = """
+import sys, pandas as pd, peft, transformers
+from helper_functions import answer
+folder, base = sys.argv[1:]
+model = transformers.AutoModelForSeq2SeqLM.from_pretrained(base)
+model, tokenizer = peft.PeftModel.from_pretrained(model, folder), transformers.AutoTokenizer.from_pretrained(folder)
+frame = pd.read_csv(f"{folder}/validation_predictions.csv", keep_default_na=False)
+answers = answer(model, tokenizer, "cpu", frame["question"].tolist(), frame["tweet"].tolist(), beams=5)
+assert answers == frame["prediction"].tolist(), answers
+print(transformers.__version__)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_loads_a_dora_adapter_of_all_linear_matrices(place, changed):
+    libraries = PROJECT / ".venv" / "transformers4"
+    assert libraries.is_dir(), f"transformers 4 is not in {libraries}: `make test` installs it there"
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (libraries, PROJECT)))}
+    command = [sys.executable, "-c", UNDER_4, changed[LORA][0], place / "model"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0 and done.stdout.startswith("4.57"), done.stderr
 
 
 @pytest.mark.parametrize("given", [["--optim", "adafactor"], ["--use_dora"]])
