@@ -112,7 +112,9 @@ OPTIMIZERS = {
     "AdamW, not fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=False),
     "SGD with momentum": lambda weights: torch.optim.SGD(weights, lr=1e-2, momentum=0.9, weight_decay=0.01),
     "torch's Adafactor": lambda weights: torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.01),
-    "--optim adafactor": lambda weights: build_optimizer(holding(weights), 1e-2, 10, optim="adafactor")[0],
+    "--optim adafactor": lambda weights: build_optimizer(holding(weights), 1e-2, 10, optim="adafactor", warmup_steps=0)[
+        0
+    ],
 }
 
 
