@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from helper_functions import InputError, TweetQADataset, build_collate_fn, load_model_and_tokenizer
 from pipeline.arguments import build_parser
-from pipeline.data import subset
+from pipeline.data import select_rows, subset
 from pipeline.devices import make_accelerator
 from pipeline.memory import training_memory
 from pipeline.optimizers import build_optimizer, use_label_smoothing
@@ -86,7 +86,7 @@ def record_of(folder):
 # ----------------------------------------------------------------------------------------------- recorded and resumed
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
 def test_a_run_that_is_stopped_within_its_last_part_of_an_epoch_ends_as_the_whole_one(place, changed, tmp_path, script):
     folder = tmp_path / "run"
     with signal_at_step(9):
@@ -281,20 +281,15 @@ def test_subsets_are_whole_tweets_and_lie_within_each_other(tweets):
         subset(rows, 41)
 
 
-def test_a_subset_is_the_same_for_all_seeds_and_methods_and_its_size_is_said(place, tmp_path):
-    given = ["--train_subset", 20, "--epochs", 1, "--eval_beams", 1, "--final_beams", 1]
-    hashes = set()
-    for number, script in enumerate((FULL, LORA)):
-        done = run_script(script, *arguments(place, script, tmp_path / script, *given, "--seed", number))
-        assert done.returncode == 0, done.stderr
-        record = record_of(tmp_path / script)
-        assert (
-            15 < record["train_rows"] <= 20 and f"--train_subset 20: {record['train_rows']} rows about" in done.stdout
-        )
-        hashes.add(record["identity"]["train rows (--dataset)"])
-    assert len(hashes) == 1
-    done = run_script(FULL, *arguments(place, FULL, tmp_path / "both", *given, "--max_train_samples", 9))
-    assert done.returncode == 2 and "--train_subset and --max_train_samples both choose" in done.stderr
+def test_a_subset_is_the_same_for_all_seeds_and_its_size_is_said(place, tmp_path, capfd):
+    given = ["--train_subset", 20, "--epochs", 1, "--final_beams", 1]
+    chosen = [select_rows(parsed("--dataset", place / "data", *given, "--seed", seed)) for seed in (1, 2)]
+    assert chosen[0].rows == chosen[1].rows and 15 < len(chosen[0].rows["train"]) <= 20
+    assert main_of(LORA)(arguments(place, LORA, tmp_path / "run", *given)) == 0
+    count = record_of(tmp_path / "run")["train_rows"]
+    assert count == len(chosen[0].rows["train"]) and f"--train_subset 20: {count} rows about" in capfd.readouterr().out
+    assert main_of(FULL)(arguments(place, FULL, tmp_path / "both", *given, "--max_train_samples", 9)) == 2
+    assert "--train_subset and --max_train_samples both choose" in capfd.readouterr().err
     assert not (tmp_path / "both").exists()
 
 
