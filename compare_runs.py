@@ -33,7 +33,7 @@ from pipeline.statistics import interval, mcnemar
 TITLE = "# Comparison of runs"  # the first line of comparison.md, by which a former comparison is known
 TELLING = 20  # examples in comparison.md
 MB = 2**20  # bytes, as in the run folder's own figures
-METHODS = {"full": "full fine-tuning", "lora": "LoRA"}
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "base": "untrained model"}
 EXAMPLE = ["qid", "question", "tweet", "references"]  # the columns that do not depend on a model
 # The figures of the table: title and format.
 FIGURES = {
@@ -67,9 +67,17 @@ class Run:
     examples: pd.DataFrame  # validation_predictions.csv
 
     @property
+    def trained(self):
+        """Whether it is a training run, and not an untrained model that was only scored."""
+        return self.record["method"] != "base"
+
+    @property
     def arguments(self):
         """{name: value} of what sets it apart from other methods: arguments, and the prompt's template."""
         arguments = {name: value for name, value in self.record["args"].items() if sets_methods_apart(name)}
+        if not self.trained:
+            used = with_role(Role.SCORING | Role.INPUT)
+            arguments = {name: value for name, value in arguments.items() if name in used}
         return arguments | {"prompt": self.record["prompt"].replace("\n", "\\n")}
 
     def typed(self, name):
@@ -104,6 +112,7 @@ def check_comparable(runs):
     first = runs[0]
     if len(first.examples) == 1:
         raise InputError(f"{first.folder} was scored on a single validation row, which gives no interval")
+    first_trained = next((run for run in runs if run.trained), first)
     for run in runs[1:]:
         pair = f"{first.folder} and {run.folder} cannot be compared"
         names = [each.record["args"]["dataset"] for each in (first, run)]
@@ -116,9 +125,15 @@ def check_comparable(runs):
             ("args", with_role(Role.ROWS), "trained on different rows"),
             ("scoring", with_role(Role.MEASURE), "scored differently (--eval_only scores a run again)"),
         ):
+            two = (first_trained, run) if part == "args" else (first, run)
+            if part == "args" and not all(each.trained for each in two):
+                continue  # an untrained model was trained on no rows
             for name in names:
-                values = [each.record[part].get(name) or "none" for each in (first, run)]
-                known = [each.record[part].get("content", {}).get(name) for each in (first, run)]
+                given = [each.record[part].get(name) for each in two]
+                if name == "holdout_seed" and None in given:  # an older version chose the rows by --seed
+                    continue  # the rows that were held out are compared below
+                values = [value or ("none" if name != "holdout_seed" else value) for value in given]
+                known = [each.record[part].get("content", {}).get(name) for each in two]
                 ours, theirs = known if all(known) else values
                 if ours != theirs:
                     raise InputError(f"{pair}: they were {what}, --{name} {' and '.join(map(as_typed, values))}")
@@ -195,9 +210,13 @@ def label(run, runs):
 def differing(runs):
     """{name: its values} of the arguments that set methods apart and are not the same for all runs."""
     names = dict.fromkeys(name for run in runs for name in run.arguments)
-    values = {name: [run.typed(name) for run in runs] for name in names}
+    # An untrained model has no arguments of training, in which others could differ from it.
+    values = {name: [run.typed(name) for run in runs if run.trained or name in run.arguments] for name in names}
     values |= {name: [run.content[name] for run in runs] for name in known_content(runs)}
-    return {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
+    differ = {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
+    if {"optim", "weight_decay"} & set(differ):
+        differ.pop("optimizer", None)  # its class and settings differ because these flags do
+    return differ
 
 
 def known_content(runs):
@@ -217,10 +236,10 @@ def figures(run):
         **{name: None if value is None else 100 * value for name, value in final.items()},
         "holdout_f1": 100 * holdout["metrics"]["f1"] if holdout else None,
         "best_epoch": record["best_epoch"],
-        "train_minutes": seconds.sum() / 60,
-        "steps_per_sec": (run.epochs["steps_per_sec"] * seconds).sum() / seconds.sum(),
+        "train_minutes": seconds.sum() / 60 if run.trained else None,
+        "steps_per_sec": (run.epochs["steps_per_sec"] * seconds).sum() / seconds.sum() if run.trained else None,
         "peak_memory_mb": record["peak_vram_mb"] or record["peak_ram_mb"],  # without a GPU, the process's memory
-        "f1_per_mb": 100 * final["f1"] / megabytes,
+        "f1_per_mb": 100 * final["f1"] / megabytes if megabytes else None,
     }
 
 
@@ -283,8 +302,10 @@ def compare_pair(one, other):
 def sentence(subject, reference, mean, low, high):
     """What a difference in F1 says, and no more than its interval allows."""
     ours, theirs = subject.label, reference.label
-    share = 100 * subject.parameters / reference.parameters
+    share = 100 * subject.parameters / (reference.parameters or 1)
     cost = f"at {points(share)} % of the trained parameters" if share < 100 else "at as many trained parameters"
+    if not subject.parameters:
+        cost = "without any training"
     if mean == low == high == 0:
         text = f"{ours} and {theirs} have the same F1 on every example, {cost}."
     elif low <= 0 <= high:
@@ -434,8 +455,11 @@ def draw(path, rows):
             by_epoch.plot(run.epochs["epoch"], 100 * run.epochs["f1"], alpha=1 / len(row.runs) ** 0.5, **point)
         f1 = row.scores["f1"]
         x = row.parameters * 1.08 ** sum(other.parameters == row.parameters for other in rows[:number])  # side by side
-        by_cost.plot([x, x], interval(f1), **line)
-        by_cost.plot(x, f1.mean(), linestyle="none", markersize=9, label=row.label, **point)
+        if row.parameters:
+            by_cost.plot([x, x], interval(f1), **line)
+            by_cost.plot(x, f1.mean(), linestyle="none", markersize=9, label=row.label, **point)
+        else:  # an untrained model has no place on a logarithmic axis
+            by_cost.axhline(f1.mean(), linestyle="--", color=colour, label=row.label)
         for place, kind in enumerate(kinds.index):
             values = f1[examples["question_type"] == kind]
             y = place + 0.55 * ((number + 0.5) / len(rows) - 0.5)
@@ -445,7 +469,8 @@ def draw(path, rows):
     by_epoch.xaxis.get_major_locator().set_params(integer=True)
     by_cost.set(title="Final F1 against cost", xlabel="trained parameters", ylabel="F1 (out of 100), 95 % interval")
     by_cost.set_xscale("log")
-    by_cost.set_xlim(min(row.parameters for row in rows) / 5, max(row.parameters for row in rows) * 5)
+    trained = [row.parameters for row in rows if row.parameters] or [1]
+    by_cost.set_xlim(min(trained) / 5, max(trained) * 5)
     by_cost.xaxis.set_major_formatter(EngFormatter())
     by_cost.xaxis.set_minor_formatter(NullFormatter())  # within one decade it would label every tick
     by_kind.set(title="Final F1 by kind of question", xlabel="F1 (out of 100), 95 % interval", xlim=(-2, 102))

@@ -31,7 +31,7 @@ def load(model_folder, lora):
     if lora:
         names = {"r": "lora_r"}
         given = {names.get(name, name): value for name, value in lora.items()}
-        model = add_lora(model, argparse.Namespace(base_dtype="fp32", **given))
+        model = add_lora(model, argparse.Namespace(base_dtype="fp32", use_rslora=False, use_dora=False, **given))
     return model, tokenizer
 
 

@@ -185,6 +185,22 @@ def silence():
             transformers_logging.enable_progress_bar()
 
 
+def matrices_to_adapt(model, names):
+    """The names of a T5's matrices that --target_modules means, without repeats.
+
+    names: the matrices' own names; `attention`: those of self- and cross-attention; `all-linear`: every one but
+    lm_head, as peft means it. Raises InputError for another name.
+    """
+    there = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    inner = sorted(there - {"lm_head"})  # the output layer is adapted only if it is named
+    short = {"all-linear": inner, "attention": [name for name in inner if name in ("q", "k", "v", "o")]}
+    unknown = [name for name in names if name not in there and name not in short]
+    if unknown:
+        offered = f"this model has {', '.join(inner)}; all-linear and attention are short for several"
+        raise InputError(f"--target_modules {' '.join(unknown)}: {offered}")
+    return list(dict.fromkeys(each for name in names for each in short.get(name, [name])))
+
+
 def hold_in_bf16(model):
     """Convert a frozen model, such as the base of an adapter, to bfloat16: half the memory. Its logits stay float32, so
     that a loss keeps its digits."""

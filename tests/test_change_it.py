@@ -33,8 +33,8 @@ ROW, TENSOR, NAMES = '"grad_norm": grad_norm', "[step_loss, grad_norm, step_toke
 # {what the README calls it: the edits}
 RECIPES = {
     "the optimizer": [
-        Change(FULL, "build_optimizer", "torch.optim.AdamW(", "torch.optim.SGD("),
-        Change(FULL, "build_optimizer", "lr=lr, fused=True)", "lr=lr)"),
+        Change("pipeline/optimizers.py", "build_optimizer", "torch.optim.AdamW(", "torch.optim.SGD("),
+        Change("pipeline/optimizers.py", "build_optimizer", "lr=lr, fused=True)", "lr=lr)"),
     ],
     "the prompt": [
         Change("helper_functions.py", "PROMPT", r"Question: {question}\nTweet: {tweet}", r"{tweet}\nQ: {question}"),

@@ -525,7 +525,7 @@ MALFORMED = {
     "run.json no text": (lambda folder: (folder / "run.json").write_bytes(b"\xff\xfe{"), "run.json cannot be read"),
     "run.json without arguments": (change_record(args={}), "args.model_name must be text, not null"),
     "arguments of another type": (change_record(args=[1]), "run.json cannot be read"),
-    "another method": (change_record(method="prompt"), "method must be full or lora, not 'prompt'"),
+    "another method": (change_record(method="prompt"), "method must be full, lora or base, not 'prompt'"),
     "a method that is no text": (change_record(method=["full"]), "run.json cannot be read"),
     "no base model": (change_record(args__model_name=None), "args.model_name must be text, not null"),
     "a seed of another type": (change_record(args__seed="one"), 'args.seed must be a number, not "one"'),

@@ -66,7 +66,7 @@ def load(folder, method, checkpointing=False, base_dtype="fp32"):
     model = load_model_and_tokenizer(str(folder))[0]
     if method == "lora":
         options = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q", "v", "wo"]}
-        model = add_lora(model, Namespace(**options, base_dtype=base_dtype))
+        model = add_lora(model, Namespace(**options, base_dtype=base_dtype, use_rslora=False, use_dora=False))
     use_fast_training(model, alone=True)
     if checkpointing:
         use_gradient_checkpointing(model)

@@ -25,7 +25,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from helper_functions import LABEL_PAD, InputError, answer, eval_loader, train_loader
 from pipeline.devices import counted_batches, sharding
 
-TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec")
+TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec", "seconds_since_start")
 
 
 def free_port():
