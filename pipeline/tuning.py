@@ -1,5 +1,6 @@
-"""Which runs of a study are due, given the results so far: the learning rate of each method is tuned with the first seed,
-then the best one is run with all. `study.py` runs them. Nothing is read or written here.
+"""Which runs of a study are due, given the results so far. `study.py` runs them; nothing is read or written here.
+
+The learning rate of each method is tuned with the first seed, then the best one is run with all seeds.
 """
 
 from dataclasses import dataclass
