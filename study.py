@@ -322,7 +322,7 @@ def tell_finished(job, now, folders, jobs):
     record = folders.records[job.run.key]
     done = {key: run for key, (run, _) in now.runs.items() if folders.f1(run) is not None}
     left = minutes_left(now, done, folders) / jobs
-    rest = f" | about {duration(left)} left" if len(done) < now.expected else ""
+    rest = f" | {duration(left)} left" if len(done) < now.expected else ""
     minutes = (time.monotonic() - job.began) / 60
     f1 = f"F1 {100 * record['final']['f1']:.1f}"
     print(f"[{len(done)}/{now.expected}] {job.run.title}: {f1} | {minutes:.1f} min{rest}", flush=True)
@@ -343,7 +343,10 @@ def minutes_left(now, done, folders):
 
 
 def duration(minutes):
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} hours"
+    """How long something is expected to take, in words."""
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes:.0f} min" if minutes < 90 else f"about {minutes / 60:.1f} hours"
 
 
 def finish(plan, folders, failed, again):
