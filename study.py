@@ -16,7 +16,6 @@ import csv
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from pipeline.lock import check_writable, in_use, only_writer
 from pipeline.metrics import METRICS
 from pipeline.plan import BASE, FULL, LORA, Run, check_fits, f1_of, read_plan, words
 from pipeline.run_folder import read_run_json
+from pipeline.slots import environment_of_jobs
 from pipeline.tuning import DIVERGED, EXTENSIONS, survey
 
 NOT_FINITE = "loss or gradient was not finite"  # how the message of such a run begins
@@ -59,7 +59,7 @@ def main(argv=None):
             folders = Folders(plan, parsers)
             check_existing(plan, folders)
             return list_due(plan, folders) if args.list else run_study(plan, folders, args.jobs, again)
-    except (InputError, RunError) as error:
+    except (InputError, RunError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
@@ -253,33 +253,10 @@ def stop(running):
         job.claim.close()
 
 
-def environment_of_jobs(jobs):
-    """The variables that each of the jobs gets beside this process's: a GPU of its own where there are several; without
-    a GPU, its share of the cores. A single job gets none."""
-    gpus = visible_gpus() if jobs > 1 else []
-    if len(gpus) > 1:
-        return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(jobs)]
-    if gpus or jobs == 1 or "OMP_NUM_THREADS" in os.environ:
-        return [{}] * jobs
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}] * jobs
-
-
-def visible_gpus():
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
-    if not shutil.which("nvidia-smi"):
-        return []
-    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    listed = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return listed.stdout.split() if listed.returncode == 0 else []
-
-
 def last_line(path):
     """The error that a run has ended with, or else the last line that it has printed."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    begins = max(number for number, line in enumerate(lines) if line.startswith("$ "))
+    begins = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
     said = [line.strip() for line in lines[begins + 1 :] if line.strip()]
     errors = [line for line in said if line.startswith("error: ")]
     return one_line(([*said[-1:], *errors] or ["it printed nothing"])[-1])
@@ -368,8 +345,7 @@ def finish(plan, folders, failed, again):
 
 
 def report(plan, now, folders):
-    """Write the report of the finished runs to the study's folder: study.csv. The one place where it is called from is
-    `finish`."""
+    """Write the report of what is finished to the study's folder: study.csv."""
     rows = [csv_row(plan, run, stage, folders) for run, stage in now.runs.values() if folders.f1(run) is not None]
     if not rows:
         return

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import study
+from pipeline import slots
 from pipeline.errors import InputError
 from pipeline.plan import Method, check_fits, read_plan, words
 from pipeline.tuning import DIVERGED, EXTENSIONS, survey, tune
@@ -288,14 +289,14 @@ def test_a_folder_of_another_run_is_refused_with_folder_and_argument(plan_of, na
 def test_runs_at_once_share_the_cores_or_get_a_gpu_each(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(study.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
-    assert study.environment_of_jobs(1) == [{}]
-    assert study.environment_of_jobs(4) == [{"OMP_NUM_THREADS": "1"}] * 4
-    assert study.environment_of_jobs(2) == [{"OMP_NUM_THREADS": "3"}] * 2
+    monkeypatch.setattr(slots.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert slots.environment_of_jobs(1) == [{}]
+    assert slots.environment_of_jobs(4) == [{"OMP_NUM_THREADS": "1"}] * 4
+    assert slots.environment_of_jobs(2) == [{"OMP_NUM_THREADS": "3"}] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert study.environment_of_jobs(2) == [{}, {}]
+    assert slots.environment_of_jobs(2) == [{}, {}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5")
-    names = [each["CUDA_VISIBLE_DEVICES"] for each in study.environment_of_jobs(3)]
+    names = [each["CUDA_VISIBLE_DEVICES"] for each in slots.environment_of_jobs(3)]
     assert names == ["2", "GPU-5", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    assert study.environment_of_jobs(2) == [{}, {}]
+    assert slots.environment_of_jobs(2) == [{}, {}]

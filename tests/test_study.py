@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from conftest import PROJECT, SERVERS, contents, start_script
@@ -262,3 +263,25 @@ def test_a_study_does_not_start_what_another_study_has_claimed(tmp_path, plan_at
     with only_writer(folders.logs(base)):
         assert study.start(base, folders, 0, {}) == []
     assert not base.folder.exists()
+
+
+@pytest.mark.slow
+def test_the_first_runs_of_the_plan_for_tweetqa_run_on_a_stand_in(tmp_path, standin, tweet_qa):
+    text = (PROJECT / "studies" / "tweetqa.toml").read_text()
+    given = {"dir": tmp_path / "study", "model_name": standin}
+    for name, value in given.items():
+        text, count = re.subn(f"(?m)^{name} = .*$", f"{name} = {json.dumps(str(value))}", text)
+        assert count == 1
+    small = {"dataset": str(tweet_qa), "sem_model": "none", "max_train_samples": 32, "max_eval_samples": 16}
+    lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in small.items())
+    (tmp_path / "plan.toml").write_text(text.replace("[common]", f"[common]\n{lines}"))
+    listed = start_script("study.py", tmp_path / "plan.toml", "--list").wait()
+    due = [shlex.split(line)[1:] for line in listed.stdout.splitlines()]
+    assert listed.returncode == 0 and len(due) == 21  # the untrained model, and five rates of four methods
+    for script, *arguments in (due[0], due[1], due[6]):
+        done = start_script(script, *arguments).wait()
+        assert done.returncode == 0, done.stderr
+        record = json.loads((Path(arguments[-1]) / "run.json").read_text())
+        assert record["finished"] and len(record["holdout"]["rows"]) == 1203
+    after = start_script("study.py", tmp_path / "plan.toml", "--list").wait().stdout.splitlines()
+    assert [shlex.split(line)[1:] for line in after] == due[1 + 1 : 6] + due[7:]
