@@ -344,7 +344,8 @@ def check_fits(plan, run, record, parsers):
     given = with_defaults(parse(parsers[run.script], words(run.arguments)), "cpu")
     decides = Role.INPUT | Role.SCORING | Role.MEASURE if method == BASE else FIXED_IN_A_RUN | Role.INPUT | Role.MEASURE
     for name, value in vars(given).items():
-        before = record["args"].get(name, value)  # an older version did not have every argument
+        # An older version, which did not have every argument, did what the default does.
+        before = record["args"].get(name, parsers[run.script].get_default(name))
         if not ROLES[name] & decides or before == value or (method == BASE and name == "seed"):
             continue
         if ROLES[name] & Role.INPUT and None not in (before, value) and Path(before).resolve() == Path(value).resolve():
