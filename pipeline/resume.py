@@ -233,6 +233,7 @@ def identity(setup):
         "weights (--model_name)": setup.content["model_name"],
         "precision": setup.accelerator.mixed_precision,
         "number of processes": setup.accelerator.num_processes,
+        "order of the training rows": "random",  # older versions grouped them by length and did not record it
         **({"sharding": "FSDP2"} if setup.accelerator.is_fsdp2 else {}),
         **({SIMILARITY: setup.content["sem_model"]} if "sem_model" in setup.content else {}),
     }

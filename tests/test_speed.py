@@ -135,7 +135,16 @@ def lora_model(model):
     from tweet_qa_main_lora import add_lora
 
     return add_lora(
-        model, Namespace(lora_r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q", "v"], base_dtype="fp32")
+        model,
+        Namespace(
+            lora_r=4,
+            lora_alpha=8,
+            lora_dropout=0.1,
+            target_modules=["q", "v"],
+            base_dtype="fp32",
+            use_rslora=False,
+            use_dora=False,
+        ),
     )
 
 

@@ -252,7 +252,7 @@ def test_label_smoothing_is_that_of_szegedy(calm, tokenizer, rows):
     given = (*accelerator.prepare(model, loader, optimizer), schedule)
     steps, _ = train_epoch(Prepared(*given, hollow=None, label_smoothing=0.1), accelerator, LoopState())
     assert steps[0]["loss"] == pytest.approx(-(0.9 * own + 0.1 * logs.mean(1)).mean().item(), rel=1e-5)
-    assert steps[0]["loss"] != pytest.approx(-own.mean().item(), rel=1e-3)
+    assert steps[0]["loss"] != pytest.approx(-own.mean().item(), rel=1e-4)
 
 
 def test_the_logged_loss_is_the_smoothed_one(changed, whole):
