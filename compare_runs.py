@@ -23,7 +23,9 @@ import numpy as np
 import pandas as pd
 
 from pipeline.arguments import Role, as_typed, sets_methods_apart, with_role
+from pipeline.console import show_any_character
 from pipeline.errors import InputError, RunError
+from pipeline.lock import only_writer
 from pipeline.metrics import EACH_EPOCH, METRICS
 from pipeline.run_folder import read_run, writing
 from pipeline.statistics import interval, mcnemar
@@ -70,6 +72,20 @@ class Run:
         arguments = {name: value for name, value in self.record["args"].items() if sets_methods_apart(name)}
         return arguments | {"prompt": self.record["prompt"].replace("\n", "\\n")}
 
+    def typed(self, name):
+        """The value of an argument as one types it, or "-"; of the optimizer its class."""
+        if name == "optimizer":
+            return self.record["optimizer"]["class"]
+        return as_typed(self.arguments.get(name, "-"))
+
+    @property
+    def content(self):
+        """{argument: hash} of what each path or hub id holds, and the optimizer, as far as they are recorded."""
+        weights = self.record.get("identity", {}).get("weights (--model_name)")
+        content = ({"model_name": weights} if weights else {}) | self.record.get("content", {})
+        optimizer = self.record.get("optimizer")
+        return content | ({"optimizer": json.dumps(optimizer, sort_keys=True)} if optimizer else {})
+
 
 def run_folders(given):
     """The run folders that the command line names; a folder of seed_N folders is replaced by those, in their order."""
@@ -90,18 +106,22 @@ def check_comparable(runs):
         raise InputError(f"{first.folder} was scored on a single validation row, which gives no interval")
     for run in runs[1:]:
         pair = f"{first.folder} and {run.folder} cannot be compared"
-        # The same data can be in another place: its name and its validation rows identify it.
-        ours, theirs = (Path(each.record["args"]["dataset"]).name for each in (first, run))
+        names = [each.record["args"]["dataset"] for each in (first, run)]
+        # The same data can be in another place. Older versions did not record its content, but the rows are compared.
+        known = [each.record.get("content", {}).get("dataset") for each in (first, run)]
+        ours, theirs = known if all(known) else (Path(name).resolve().name for name in names)
         if ours != theirs:
-            raise InputError(f"{pair}: they were trained on different data sets, --dataset {ours} and {theirs}")
+            raise InputError(f"{pair}: they were trained on different data sets, --dataset {' and '.join(names)}")
         for part, names, what in (
             ("args", with_role(Role.ROWS), "trained on different rows"),
             ("scoring", with_role(Role.MEASURE), "scored differently (--eval_only scores a run again)"),
         ):
             for name in names:
-                ours, theirs = (each.record[part].get(name) or "none" for each in (first, run))
+                values = [each.record[part].get(name) or "none" for each in (first, run)]
+                known = [each.record[part].get("content", {}).get(name) for each in (first, run)]
+                ours, theirs = known if all(known) else values
                 if ours != theirs:
-                    raise InputError(f"{pair}: they were {what}, --{name} {ours} and {theirs}")
+                    raise InputError(f"{pair}: they were {what}, --{name} {' and '.join(map(as_typed, values))}")
         if len(first.examples) != len(run.examples):
             counts = f"{len(first.examples)} and {len(run.examples)} validation rows"
             raise InputError(f"{pair}: they were scored on {counts} (--max_eval_samples)")
@@ -145,9 +165,10 @@ class Row:
 
 def make_rows(runs):
     """The rows of the table, in the order of their first runs. Raises InputError for a run that is given twice."""
-    groups = {}
+    groups, known = {}, known_content(runs)
     for run in runs:
-        group = groups.setdefault(json.dumps([run.record["method"], run.arguments], sort_keys=True), [])
+        key = run.arguments | {name: run.content[name] for name in known}
+        group = groups.setdefault(json.dumps([run.record["method"], key], sort_keys=True), [])
         for other in group:
             if other.record["args"]["seed"] == run.record["args"]["seed"]:
                 same = "have the same method, arguments and seed"
@@ -167,15 +188,21 @@ def label(run, runs):
     same_method = [other for other in runs if other.record["method"] == run.record["method"]]
     names = [*(name for name in differing(runs) if name == "model_name")]
     names += [name for name in differing(same_method) if name != "model_name"]
-    told = ", ".join(f"{name} {as_typed(run.arguments.get(name, '-'))}" for name in names)
+    told = ", ".join(f"{name} {run.typed(name)}" for name in names)
     return METHODS[run.record["method"]] + (f" ({told})" if told else "")
 
 
 def differing(runs):
     """{name: its values} of the arguments that set methods apart and are not the same for all runs."""
     names = dict.fromkeys(name for run in runs for name in run.arguments)
-    values = {name: [as_typed(run.arguments.get(name, "-")) for run in runs] for name in names}
-    return {name: each for name, each in values.items() if len(set(each)) > 1}
+    values = {name: [run.typed(name) for run in runs] for name in names}
+    values |= {name: [run.content[name] for run in runs] for name in known_content(runs)}
+    return {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
+
+
+def known_content(runs):
+    """The arguments whose content all runs recorded: a model or a data set can have moved between two runs."""
+    return sorted(set.intersection(*(set(run.content) for run in runs)))
 
 
 def figures(run):
@@ -453,9 +480,8 @@ def compare(given, out):
     check_same_rows_held_out(rows)
     table = make_table(rows)
     compared = [compare_pair(*pair) for pair in combinations(rows, 2)]
-    try:
+    with only_writer(out, "--out"):
         check_out(out)
-        out.mkdir(parents=True, exist_ok=True)
         # All three are complete before the first one, the .md, is renamed: it identifies a former comparison.
         with (
             writing(out / "comparison.png") as png,
@@ -465,8 +491,6 @@ def compare(given, out):
             draw(png, rows)
             table.to_csv(spreadsheet, index=False, lineterminator="\n")
             markdown.write_text(report(rows, table, compared), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--out {out} is not writable ({error.strerror}): choose another folder") from None
     head, *body = cells(table)
     print(pd.DataFrame([line[1:] for line in body], [line[0] for line in body], head[1:]).to_string())
     print("", *(pair[-1] for pair in compared), caveat(rows), f"written to {out}: comparison.md, .csv, .png", sep="\n")
@@ -478,6 +502,7 @@ def main(argv=None):
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the arguments)\n")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a finished run, or of its seed_N runs")
     parser.add_argument("--out", type=Path, default="comparison", help="folder to write to (default: comparison)")
+    show_any_character()
     args = parser.parse_args(argv)
     try:
         compare(args.runs, args.out)

@@ -18,7 +18,9 @@ import copy
 import logging
 import math
 import random
+import re
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -36,8 +38,8 @@ from pipeline.errors import InputError, RunError
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 from pipeline.leaderboard import leaderboard_scores
 from pipeline.metrics import METRICS
-from pipeline.t5 import LABEL_PAD, SearchCache, encoder_output, load_model_and_tokenizer
-from pipeline.text import normalize_answer, question_type, reference_list, tweet_features
+from pipeline.t5 import LABEL_PAD, SearchCache, encoder_output, load_model_and_tokenizer, search, start_token
+from pipeline.text import check_counts, normalize_answer, paired_texts, question_type, reference_list, tweet_features
 
 # The public names, those of pipeline/ included.
 __all__ = ["InputError", "LABEL_PAD", "LengthGroupedSampler", "PROMPT", "RunError", "TweetQADataset", "answer"]
@@ -57,6 +59,7 @@ def quiet_libraries():
     for library in ("accelerate", "datasets", "httpx", "huggingface_hub", "peft", "sentence_transformers"):
         logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", message=".*prompts were cut")  # our own, of `answer`
 
 
 # ------------------------------------------------------------------------------------------------- prompt, data set
@@ -72,20 +75,20 @@ class TweetQADataset(torch.utils.data.Dataset):
 
     rows: rows of `load_tweet_qa`; the first reference is the target. If a row has none, as in an unlabeled test
         split, the data set has no `labels` at all: it can be predicted, but not trained on or scored.
-    max_input_len, max_target_len: the most tokens of a prompt and of a target, end token included; longer ones are
-        cut at the end. `cut_inputs` and `cut_targets` count those.
+    max_input_len, max_target_len: the most tokens of a prompt and of a target, end token included. A longer prompt
+        loses words of its tweet, a longer target its end. `cut_inputs` and `cut_targets` count those.
 
     An item is a dict of `input_ids` and `labels` (lists of int, without padding) and `index`, the position of its row.
     """
 
     def __init__(self, rows, tokenizer, max_input_len=256, max_target_len=32):
         self.rows = rows
-        prompts = [build_prompt(row["Question"], row["Tweet"]) for row in rows]
-        self.input_ids, self.cut_inputs = _tokenize(tokenizer, max_input_len, "text", prompts)
+        pairs = [(row["Question"], row["Tweet"]) for row in rows]
+        self.input_ids, self.cut_inputs = tokenize_prompts(tokenizer, max_input_len, pairs)
         self.labels, self.cut_targets = None, 0
         if all(row["Answer"] for row in rows):
             targets = [row["Answer"][0] for row in rows]
-            self.labels, self.cut_targets = _tokenize(tokenizer, max_target_len, "text_target", targets)
+            self.labels, self.cut_targets = _tokenize_targets(tokenizer, max_target_len, targets)
 
     def __len__(self):
         return len(self.rows)
@@ -95,13 +98,46 @@ class TweetQADataset(torch.utils.data.Dataset):
         return item if self.labels is None else item | {"labels": self.labels[index]}
 
 
-def _tokenize(tokenizer, max_length, kind, texts):
-    """(lists of token ids cut to max_length, how many were cut). kind: "text" or, for answers, "text_target"."""
+def tokenize_prompts(tokenizer, max_length, pairs):
+    """(lists of at most max_length token ids, how many prompts were cut) of pairs (question, tweet)."""
     ids, cut = [], 0
-    for some in chunks(texts, 1000):  # the tokenizer's other results take five times as much memory as the ids
-        whole = tokenizer(**{kind: some}, verbose=False).input_ids
+    for some in chunks(pairs, 1000):  # the tokenizer's other results take five times as much memory as the ids
+        whole = tokenizer([build_prompt(*pair) for pair in some], verbose=False).input_ids
+        too_long = [n for n, one in enumerate(whole) if len(one) > max_length]
+        for n in too_long:
+            whole[n] = _cut_prompt(tokenizer, max_length, *some[n])
+        ids += whole
+        cut += len(too_long)
+    return ids, cut
+
+
+def _cut_prompt(tokenizer, max_length, question, tweet):
+    """The token ids of the longest prompt that fits: without words at the tweet's end, and if that is not enough,
+    without the tweet and words at the question's end. The rest of PROMPT stays, wherever it is."""
+
+    def longest(text, tokens):
+        """tokens(the longest beginning of the text with which they fit), or None. A long word is cut too."""
+        ends = [0, *(word.end() for word in re.finditer(r"\S{1,20}", text))]
+        first = bisect_left(ends, True, key=lambda end: len(tokens(text[:end])) > max_length)  # that is too long
+        return tokens(text[: ends[first - 1]]) if first else None
+
+    def tokens(question, tweet):
+        return tokenizer(build_prompt(question, tweet), verbose=False).input_ids
+
+    ids = longest(tweet, lambda some: tokens(question, some)) or longest(question, lambda some: tokens(some, ""))
+    if ids is None:
+        least = len(tokens("", ""))
+        raise InputError(f"max_input_len {max_length} is too small: a prompt has {least} tokens besides its texts")
+    return ids
+
+
+def _tokenize_targets(tokenizer, max_length, texts):
+    """(lists of token ids of answers, cut to max_length, how many were cut)."""
+    ids, cut = [], 0
+    for some in chunks(texts, 1000):
+        whole = tokenizer(text_target=some, verbose=False).input_ids
         too_long = sum(len(one) > max_length for one in whole)
-        ids += tokenizer(**{kind: some}, truncation=True, max_length=max_length).input_ids if too_long else whole
+        ids += tokenizer(text_target=some, truncation=True, max_length=max_length).input_ids if too_long else whole
         cut += too_long
     return ids, cut
 
@@ -240,7 +276,7 @@ def eval_mode(model):
 
 
 def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cross=None):
-    """Beam search over a batch.
+    """Beam search over a batch, the same whatever the checkpoint's own generation config says.
 
     encoded: the encoder's output, (batch, input length, width). mask: its attention mask, (batch, input length).
     beams: 1 is greedy. max_target_len: the most tokens of an answer, end token included. cross: see `token_log_probs`.
@@ -253,15 +289,16 @@ def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cros
     if beams > 1:
         cross = copy.deepcopy(cross)
         cross.batch_repeat_interleave(beams)
-    token_ids = model.generate(
+    token_ids = search(
+        model,
+        tokenizer,
+        beams=beams,
+        max_target_len=max_target_len,
         # generate repeats the tensors in its encoder_outputs for each beam, in place: so it gets a new object.
         encoder_outputs=encoder_output(encoded),
         attention_mask=mask,
         past_key_values=SearchCache(DynamicCache(), cross),
-        num_beams=beams,
-        do_sample=False,
-        max_new_tokens=max_target_len,
-    )[:, 1:]  # without the start token
+    )
     answers = [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
     return answers, token_ids.masked_fill(token_ids == tokenizer.pad_token_id, LABEL_PAD)
 
@@ -275,11 +312,14 @@ def token_log_probs(model, encoded, mask, labels, cross):
     cross: a DynamicCache of the cross-attention's keys and values for this input. The decoder's first pass fills it;
     later passes and searches reuse it.
     """
+    before = labels.roll(1, dims=1)  # what the decoder reads to predict each label
+    before[:, 0] = start_token(model)
     logits = model(
         encoder_outputs=encoder_output(encoded),
         attention_mask=mask,
-        labels=labels,
+        decoder_input_ids=before.clamp(min=0),  # at the padding any token will do: no label comes after it
         past_key_values=EncoderDecoderCache(DynamicCache(), cross),
+        use_cache=True,
     ).logits
     tokens = labels != LABEL_PAD  # much of a batch's targets is padding, which needs no softmax over the vocabulary
     scores = torch.zeros(labels.shape, device=labels.device)
@@ -523,40 +563,35 @@ def answer(
     """Answer a question about a tweet, or many at once.
 
     model: a T5 model or a PeftModel, on `device`; its train/eval mode does not change.
-    question, tweet: two strings, or two lists of strings of the same length, answered `batch_size` at a time.
-    beams, max_input_len, max_target_len: as in training (--final_beams, --max_input_len, --max_target_len).
+    question, tweet: strings, or lists, tuples, Series or arrays of strings; both of the same length, or one of them a
+        string, which then goes with each of the others. They are answered `batch_size` at a time.
+    beams, max_input_len, max_target_len: as in training (--final_beams, --max_input_len, --max_target_len). If a
+        prompt is too long, words at its tweet's end are left out, and a warning says so.
 
     return_score: whether to return (answer, score), for lists (answers, scores). A score is the mean log-probability
         (nats, at most 0) of the answer's tokens: the nearer to 0, the more certain the model.
 
     Returns a string, or a list of strings in the order of the questions. Raises ValueError if the lists differ in
-    length, and TypeError if only one argument is a list, or an entry is not a string.
+    length, a text has an unpaired surrogate or an option is below 1, and TypeError for other types and missing entries.
     """
-    if isinstance(question, str) and isinstance(tweet, str):
-        questions, tweets = [question], [tweet]
-    elif isinstance(question, str) or isinstance(tweet, str):
-        raise TypeError("question and tweet must both be strings or both be lists of strings")
-    else:
-        questions, tweets = list(question), list(tweet)
-    if len(questions) != len(tweets):
-        raise ValueError(f"{len(questions)} questions, but {len(tweets)} tweets: the lists must have the same length")
-    if not all(isinstance(text, str) for text in questions + tweets):
-        raise TypeError("every question and every tweet must be a string")
+    check_counts(beams=beams, batch_size=batch_size, max_input_len=max_input_len, max_target_len=max_target_len)
+    pairs = list(zip(*paired_texts(question, tweet), strict=True))
+    prompts, cut = tokenize_prompts(tokenizer, max_input_len, pairs)
+    if cut:
+        what = f"{cut} of {len(pairs)} prompts were cut to {max_input_len} tokens (max_input_len)"
+        warnings.warn(f"{what}: words at the end of the tweet were left out", stacklevel=2)
 
     answers, scores = [], []
     with eval_mode(model), torch.inference_mode():
-        for start in range(0, len(questions), batch_size):
-            chunk = slice(start, start + batch_size)
-            prompts = [build_prompt(q, t) for q, t in zip(questions[chunk], tweets[chunk], strict=True)]
-            inputs = tokenizer(
-                prompts, padding=True, truncation=True, max_length=max_input_len, return_tensors="pt"
-            ).to(device)
-            mask = inputs.attention_mask
-            encoded = model.get_encoder()(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
+        for some in chunks(prompts, batch_size):
+            # With a mask, whatever the tokenizer's files say that the model takes.
+            inputs = tokenizer.pad({"input_ids": some}, return_attention_mask=True, return_tensors="pt")
+            input_ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
+            encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
             texts, token_ids = decode_batch(model, tokenizer, encoded, mask, beams=beams, max_target_len=max_target_len)
             answers += texts
             if return_score:
                 scores += _mean_log_probs(model, encoded, mask, token_ids, DynamicCache()).tolist()
-    if isinstance(question, str):
+    if isinstance(question, str) and isinstance(tweet, str):
         answers, scores = answers[0], scores[0] if scores else None
     return (answers, scores) if return_score else answers

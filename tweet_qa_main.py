@@ -9,9 +9,7 @@ Without the hub, give folders: --model_name FOLDER --dataset FOLDER --sem_model 
 After each epoch the validation split is scored, and the best epoch by F1 is kept in --save_dir. At the end that
 checkpoint is read back and scored with --final_beams. `tweet_qa_main_lora.py` is the same run with a LoRA adapter.
 
-An interrupted run continues, to the same result, with the same command and --resume. Exit codes: 0 done, 1 the run
-could not continue or be uploaded, 2 an argument or an input is wrong and nothing was started, 130 and 143 interrupted
-by Ctrl-C and SIGTERM.
+An interrupted run continues, to the same result, with the same command and --resume.
 """
 
 import argparse
@@ -26,6 +24,7 @@ from pathlib import Path
 
 # torch reads this when it allocates its first large tensor: huge pages are faster to obtain.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+import pipeline  # noqa: F401, I001 (before the libraries, which look for the home folder)
 
 import torch
 from accelerate import Accelerator
@@ -45,9 +44,9 @@ from helper_functions import (
     quiet_libraries,
     train_loader,
 )
-from pipeline import checkpoint, devices, figures, interrupts, memory, publish, resume, run_folder, trackers
-from pipeline.arguments import DEFAULT_MODEL, EVAL_BATCH_SIZE, build_parser
-from pipeline.console import describe
+from pipeline import checkpoint, devices, figures, interrupts, lock, memory, publish, resume, run_folder, trackers
+from pipeline.arguments import build_parser, with_defaults
+from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
 from pipeline.fast_cpu import keep_memory, use_fast_dropout
 from pipeline.leaderboard import with_leaderboard_scores
@@ -71,6 +70,7 @@ def run_from_command_line(parser, argv=None, wrap=None):
 
     wrap: None to train every weight, or a function (model, args) -> PeftModel.
     """
+    show_any_character()
     args = parser.parse_args(argv)
     method = "lora" if wrap else "full"
     try:
@@ -106,6 +106,7 @@ class Setup:
     tokenizer: object
     loaders: dict  # {"train", "validation" and, where there are rows, "holdout", "test": DataLoader}
     held_out: list  # the numbers of the held-out rows in the train file, counted from 0
+    content: dict  # {argument: hash of what its path or hub id holds}
     sem_model: object  # a SentenceTransformer in the main process, or None
     say: object  # print in the main process, nothing in the others
 
@@ -124,10 +125,13 @@ def run(args, wrap=None):
     trackers.check_tracker(args.report_to)
     if args.push_to_hub is not None:
         publish.check_can_push(args.push_to_hub)
-    if args.eval_only:
-        evaluate_only(args)
-    else:
-        train_and_evaluate(args, wrap, started)
+    # Of several processes the first one holds the lock for all. A folder that must exist already is not created.
+    there = Path(args.save_dir).is_dir() or not (args.eval_only or args.resume)
+    with lock.only_writer(args.save_dir) if there and devices.is_first_process() else nullcontext():
+        if args.eval_only:
+            evaluate_only(args)
+        else:
+            train_and_evaluate(args, wrap, started)
 
 
 def train_and_evaluate(args, wrap, started):
@@ -136,12 +140,12 @@ def train_and_evaluate(args, wrap, started):
     former, saved = resume.former_run(args, method)
     if former and run_folder.is_finished(former):
         return resume.say_nothing_to_resume(args)
-    setup, model, weights, note = set_up(args, lambda args: fresh_model(args, wrap))
+    setup, model, note = set_up(args, lambda args: fresh_model(args, wrap))
     args, accelerator = setup.args, setup.accelerator
-    start = run_folder.describe_run(method, vars(args), model, devices.device_name(accelerator.device), PROMPT)
-    start["identity"] = resume.identity(setup.loaders, weights, accelerator)
+    start = run_folder.describe_run(setup, method, model, PROMPT)
+    start["identity"] = resume.identity(setup)
     if former:
-        start |= resume.same_start(folder, former, start["identity"])
+        start |= resume.same_start(folder, former, start)
     if saved:
         started -= saved.state.wall_seconds
         if saved.state.best_epoch:
@@ -204,7 +208,7 @@ def evaluate_only(args):
     if former and former["prompt"] != PROMPT:
         raise InputError(f"--save_dir {folder} was trained with another prompt, {former['prompt']!r}: restore PROMPT")
     base_dtype = getattr(args, "base_dtype", "fp32")
-    setup, model, _, note = set_up(
+    setup, model, note = set_up(
         args, lambda args: (*checkpoint.load_checkpoint(folder, args.model_name, base_dtype=base_dtype), None)
     )
     args = setup.args
@@ -213,16 +217,14 @@ def evaluate_only(args):
     if former:
         record = former
     else:  # a checkpoint of another origin: there is no run to resume
-        method = "lora" if hasattr(model, "peft_config") else "full"
-        start = run_folder.describe_run(
-            method, vars(args), model, devices.device_name(setup.accelerator.device), PROMPT
-        )
+        start = run_folder.describe_run(setup, "lora" if hasattr(model, "peft_config") else "full", model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
     describe(setup, record, folder, note)
     results = final_evaluation(setup, model, record["best_epoch"])
     if setup.accelerator.is_main_process:
         # "args" stays as the checkpoint was trained; "eval_only" is what the new results were computed with.
-        record = run_folder.run_record(record, results=results, end={"eval_only": vars(args)})
+        scoring = vars(args) | {"content": setup.content}
+        record = run_folder.run_record(record, results=results, end={"eval_only": scoring})
         with interrupts.deferred():
             if args.push_to_hub and record["best_epoch"]:
                 publish.write_model_card(folder, record)
@@ -231,31 +233,32 @@ def evaluate_only(args):
 
 
 def set_up(args, load):
-    """What both kinds of run need: (Setup, model, hash of the weights it starts from, line about the data).
+    """What both kinds of run need: (Setup, model, line about the data).
 
     load: a function (args) -> (model, tokenizer, hash). The args of the Setup have the defaults that depend on the
     device.
     """
     accelerator = devices.make_accelerator(args)
     device = accelerator.device
-    eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device.type, EVAL_BATCH_SIZE["cpu"])
-    model_name = args.model_name or (None if args.eval_only else DEFAULT_MODEL)
-    args = argparse.Namespace(**vars(args) | {"eval_batch_size": eval_batch_size, "model_name": model_name})
-    rows, held_out, note = select_rows(args)
+    args = with_defaults(args, device.type)
+    selected = select_rows(args)
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
     set_seed(args.seed)
     model, tokenizer, weights = load(args)
+    content = {"model_name": weights, "dataset": selected.sha256}
+    content["sem_model"] = checkpoint.weights_sha256(sem_model) if sem_model else None
     setup = Setup(
         args=args,
         folder=Path(args.save_dir),
         accelerator=accelerator,
         tokenizer=tokenizer,
-        loaders=make_loaders(rows, tokenizer, args, accelerator),
-        held_out=held_out,
+        loaders=make_loaders(selected.rows, tokenizer, args, accelerator),
+        held_out=selected.held_out,
+        content={name: value for name, value in content.items() if value},
         sem_model=sem_model,
         say=accelerator.on_main_process(print),
     )
-    return setup, model, weights, note
+    return setup, model, selected.note
 
 
 def fresh_model(args, wrap, cached=False):
@@ -290,6 +293,7 @@ def train(setup, model, plan, *, start, started, saved=None):
     state = saved.state if saved else LoopState(batch_size=plan.batch_size)
     prepared, known = prepare(setup, model, plan)
     if saved:
+        resume.check_optimizer(folder, saved, prepared.optimizer)
         resume.load_last(folder, accelerator, prepared.model, prepared.optimizer)
         prepared.schedule.load_state_dict(saved.schedule)
     sharded = ""
@@ -354,6 +358,7 @@ def prepare(setup, model, plan):
         # One module in place of three with the same weight, of which only one could be sharded.
         model.set_input_embeddings(model.get_input_embeddings())
     optimizer, schedule = build_optimizer(model, args.lr, plan.total_steps)
+    known["optimizer"] = resume.describe_optimizer(optimizer)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if accelerator.num_processes > 1:  # each process draws its own dropout
@@ -586,8 +591,6 @@ def final_evaluation(setup, model, best_epoch):
         results[title] = {"rows": setup.held_out, "metrics": metrics} if role == "holdout" else metrics
         run_folder.write_predictions(folder / f"{role}_predictions.csv", frame)
     metrics, frame = scored["validation"]
-    if metrics["meteor"] is None:
-        say("note: METEOR is left out: it needs Java, which does not run here")
     figures.write_breakdown(folder, frame, metrics["f1"])
     return results
 

@@ -8,11 +8,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from helper_functions import answer, load_tweet_qa, quiet_libraries  # noqa: E402
 from pipeline.checkpoint import load_checkpoint  # noqa: E402
+from pipeline.console import show_any_character  # noqa: E402
 
 ROWS = 6  # of the test split, whose tweets neither run has seen
 
 
 def main():
+    show_any_character()
     quiet_libraries()
     rows = load_tweet_qa("demo/tweets")["test"][:ROWS]
     questions, tweets = [row["Question"] for row in rows], [row["Tweet"] for row in rows]

@@ -2,3 +2,11 @@
 
 Nothing here imports the modules at the project's root; they import from here.
 """
+
+import os
+import tempfile
+
+# A user without HOME and without an entry in the password file, as in some containers: libraries that look for the home
+# folder when they are imported would fail, some of them only after the training.
+if os.path.expanduser("~") == "~":
+    os.environ["HOME"] = tempfile.gettempdir()

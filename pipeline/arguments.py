@@ -201,7 +201,7 @@ FLAGS = [
     ),
     flag(
         "--sem_model",
-        S | Role.MEASURE,
+        Role.INPUT | S | Role.MEASURE,
         type=path_or_id,
         default="sentence-transformers/all-MiniLM-L6-v2",
         help="model for semantic similarity: hub id, folder, or none",
@@ -251,6 +251,13 @@ def build_parser(description, lr, save_dir, more=(), title=None):
         group.add_argument(name, **options)
     parser.set_defaults(lr=lr, save_dir=save_dir)
     return parser
+
+
+def with_defaults(args, device):
+    """The arguments with the defaults that only a started run knows. device: "cpu", "cuda", ..."""
+    eval_batch_size = args.eval_batch_size or EVAL_BATCH_SIZE.get(device, EVAL_BATCH_SIZE["cpu"])
+    model_name = args.model_name or (None if args.eval_only else DEFAULT_MODEL)  # an adapter names its base
+    return argparse.Namespace(**vars(args) | {"eval_batch_size": eval_batch_size, "model_name": model_name})
 
 
 # -------------------------------------------------------------------------------------------- what follows from roles

@@ -8,12 +8,17 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from pipeline.contract import check_not_pickled, check_pass, weight_shapes
 from pipeline.errors import InputError, reason
 from pipeline.publish import write_model_card
 from pipeline.run_folder import read_run_json, writing_folder
-from pipeline.t5 import hold_in_bf16, load_model_and_tokenizer
+from pipeline.t5 import hold_in_bf16, load_model_and_tokenizer, silence
+
+WEIGHTS = "adapter_model.safetensors"  # of an adapter, as PEFT names it
 
 
 def save_checkpoint(folder, model, tokenizer, run):
@@ -28,6 +33,8 @@ def save_checkpoint(folder, model, tokenizer, run):
             model.save_pretrained(beside, save_embedding_layers=False)
         else:
             model.save_pretrained(beside, max_shard_size="1TB")
+            if not model.config.tie_word_embeddings:
+                write_lm_head(beside / "model.safetensors")
         tokenizer.save_pretrained(beside)
         let_transformers_4_read(beside / "tokenizer_config.json")
         write_model_card(beside, run)
@@ -35,15 +42,35 @@ def save_checkpoint(folder, model, tokenizer, run):
             os.replace(path, Path(folder, path.name))
 
 
-def let_transformers_4_read(tokenizer_config):
-    """Name T5's sentinels in tokenizer_config.json as transformers 4 and 5 both read them.
+def write_lm_head(path):
+    """Add lm_head.weight to the weights of a model that shares it with the embeddings but does not scale its output.
 
-    transformers 5 writes them as a list `extra_special_tokens`; transformers 4 expects a dict there, and crashes.
+    transformers 4 scales the output of every model whose lm_head is shared. Transformers 5 reads the weights in `path`
+    as before: it ties an lm_head that equals the embeddings.
+    """
+    with safe_open(path, "pt") as file:
+        shared = "lm_head.weight" not in file.keys()  # noqa: SIM118 (not a dict)
+    if shared:
+        weights = load_file(path)
+        save_file(weights | {"lm_head.weight": weights["shared.weight"].clone()}, path, {"format": "pt"})
+
+
+def let_transformers_4_read(tokenizer_config):
+    """Write tokenizer_config.json so that transformers 4 and 5 both read it, with the same token ids.
+
+    transformers 5 names classes that transformers 4 does not know, or whose namesakes there change what tokenizer.json
+    says; PreTrainedTokenizerFast takes it as it is, in both. It writes T5's sentinels as a list `extra_special_tokens`,
+    where transformers 4 expects a dict, and crashes.
     """
     config = json.loads(tokenizer_config.read_text(encoding="utf-8"))
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if tokenizer_config.with_name("tokenizer.json").is_file() and config.get("tokenizer_class") != "T5Tokenizer":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["model_input_names"] = ["input_ids", "attention_mask"]  # T5 takes no token_type_ids
+    for name in ("is_local", "local_files_only"):  # how it was loaded here
+        config.pop(name, None)
+    tokenizer_config.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_checkpoint(folder, model_name=None, cached=False, base_dtype="fp32"):
@@ -55,39 +82,83 @@ def load_checkpoint(folder, model_name=None, cached=False, base_dtype="fp32"):
     """
     if not Path(folder, "adapter_config.json").exists():
         return load_model_and_tokenizer(str(folder), flag="--save_dir")
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-
-    weights = Path(folder, "adapter_model.safetensors")
+    where = f"--save_dir {folder}"
+    weights = Path(folder, WEIGHTS)
     if not weights.is_file():  # peft would look for pickled weights
-        raise InputError(f"--save_dir {folder}: the adapter in this folder cannot be loaded (it has no {weights.name})")
+        check_not_pickled(where, folder, weights)
+        raise InputError(f"{where}: the adapter in this folder cannot be loaded (it has no {WEIGHTS})")
+    weight_shapes(where, weights)
     run = read_run_json(folder) or {}
     try:
-        config = PeftConfig.from_pretrained(folder)
-        if config.peft_type != "LORA":
-            raise InputError(f"--save_dir {folder} has an adapter of type {config.peft_type.value}, not LORA")
+        with silence():
+            config = _adapter_config(where, folder)
         base_name = model_name or config.base_model_name_or_path
+        if not base_name:
+            raise InputError(f"{where}: its adapter does not name its base model: give it with --model_name")
         base, tokenizer = load_model_and_tokenizer(base_name, cached)
         # ByT5's tokenizer is not a fast one and has no tokenizer.json.
         files = ["tokenizer_config.json", *(["tokenizer.json"] if tokenizer.is_fast else [])]
         missing = [name for name in files if not Path(folder, name).is_file()]
         if run and missing:  # an adapter of another origin may come without them
-            raise InputError(f"--save_dir {folder}: its tokenizer files are missing ({', '.join(missing)})")
+            raise InputError(f"{where}: its tokenizer files are missing ({', '.join(missing)})")
         if run.get("identity", {}).get("weights (--model_name)") not in (None, weights_sha256(base)):
-            raise InputError(f"--save_dir {folder}: its adapter was trained on another base than {base_name}")
+            raise InputError(f"{where}: its adapter was trained on another base than {base_name}")
         if run.get("args", {}).get("base_dtype", base_dtype) == "bf16":
             hold_in_bf16(base)
-        model = PeftModel.from_pretrained(base, folder)
-        with safe_open(weights, "pt") as file:
-            # peft ignores weights that it does not know, and leaves random weights where some are missing.
-            if set(file.keys()) != set(get_peft_model_state_dict(model, save_embedding_layers=False)):
-                raise InputError(f"--save_dir {folder}: the weights of its adapter do not fit --model_name {base_name}")
+        with silence():
+            model = _with_adapter(where, folder, base, base_name)
+            check_pass(where, model, tokenizer)
         return model, tokenizer
     except InputError:
         raise
     except Exception as error:  # peft raises many kinds for a config or weights that are not its own
+        raise InputError(f"{where}: the adapter in this folder cannot be loaded ({reason(error)})") from None
+
+
+def _adapter_config(where, folder):
+    """The PeftConfig of a folder, if it is of a LoRA adapter that answers as it was trained to."""
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(folder)
+    if config.peft_type != "LORA":
+        raise InputError(f"{where} has an adapter of type {config.peft_type.value}, not LORA")
+    if config.task_type not in (None, "SEQ_2_SEQ_LM", "CAUSAL_LM", "FEATURE_EXTRACTION"):
+        raise InputError(f"{where} has an adapter for the task {config.task_type}, which does not answer in words")
+    if str(config.init_lora_weights).startswith("pissa_niter_"):
         raise InputError(
-            f"--save_dir {folder}: the adapter in this folder cannot be loaded ({reason(error)})"
-        ) from None
+            f"{where} has an adapter with init_lora_weights {config.init_lora_weights}, which changes its base at"
+            " random whenever it is loaded: save it as an ordinary LoRA (path_initial_model_for_weight_conversion)"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise InputError(f"{where} has an activated LoRA (alora_invocation_tokens), which a T5 cannot use")
+    return config
+
+
+def _with_adapter(where, folder, base, base_name):
+    """The PeftModel of the adapter in `folder`, if its weights are all that PEFT needs and none that PEFT ignores."""
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+
+    tied = base.config.tie_word_embeddings
+    # As transformers reads it: whether adapters of the embeddings and of lm_head share weights depends on it.
+    base.config.tie_word_embeddings = type(base.config)(tie_word_embeddings=tied).tie_word_embeddings
+    model = PeftModel.from_pretrained(base, folder)
+    base.config.tie_word_embeddings = tied
+    # PEFT leaves random weights where some are missing, and ignores those that it does not know. What it needs is what
+    # it would save without the embeddings, which it adds if they are among the targets or were resized.
+    weights = load_file(Path(folder, WEIGHTS))
+    missing = {*get_peft_model_state_dict(model, save_embedding_layers=False)} - {*weights}
+    unknown = set_peft_model_state_dict(model, weights).unexpected_keys
+    for wrong, why in ((missing, "it has no"), (unknown, "PEFT ignores its")):
+        if wrong:
+            raise InputError(
+                f"{where}: the weights of its adapter do not fit --model_name {base_name}: {why} {min(wrong)}"
+            )
+    for name, weight in weights.items():
+        if not torch.isfinite(weight.sum()):
+            raise InputError(
+                f"{where}: the weights of its adapter are damaged ({name} has values that are not finite numbers)"
+            )
+    return model
 
 
 def checkpoint_bytes(folder):

@@ -1,30 +1,34 @@
-"""Reading and checking the rows of a data set, and choosing which rows are trained on, validated, held out and tested.
+"""Loading and checking the rows of a data set, and choosing which are trained on, validated, held out and tested.
 
 `load_tweet_qa` is public through `helper_functions.py`; `select_rows` is what a run uses.
 """
 
-import ast
-import csv
-import io
+import hashlib
 import json
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import InputError, one_line
+from pipeline.answers import MISSING, read_references
+from pipeline.errors import InputError
 from pipeline.hub import ask_hub_once, cannot_load, is_local
-from pipeline.text import tweet_key
+from pipeline.read_data import COLUMN_NAMES, SPLIT_NAMES, clean, listed, read_folder
+from pipeline.text import UNPAIRED_SURROGATE, has_unpaired_surrogate, tweet_key
 
-COLUMNS = ("Question", "Tweet", "Answer", "qid")
-SPLIT_FILES = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
-FILE_TYPES = ("json", "jsonl", "csv", "parquet")
+COLUMNS = tuple(COLUMN_NAMES)  # Question, Tweet, Answer, qid
 
 
 def load_tweet_qa(dataset="ucsbnlp/tweet_qa"):
     """Load and check a TweetQA data set.
 
-    dataset: a hub id, or a folder with `train.*`, `validation.*` (or `dev.*`) and, if there is one, `test.*`, each
-        a JSON, JSON Lines, CSV or Parquet file with the columns Question, Tweet, Answer and qid.
+    dataset: a hub id, or a folder with the files of train, validation (or valid, val, dev, eval) and, if there is one,
+        test: `train.json`, JSON Lines, CSV (with commas, semicolons, tabs or bars), TSV, Parquet or Arrow, whole or in
+        shards, here, in data/, or in a folder for each split.
+
+    The columns are Question, Tweet, Answer and qid, in any case. SQuAD's and lmqg's are taken too: context or paragraph
+    as the tweet, answers ({"text": [...]}) and id; rows without qid or id are numbered. `parse_answer` says how an
+    Answer that is a text is read; missing references are left out.
 
     Returns {"train": rows, "validation": rows, "test": rows}, without "test" if there is none. A row is a dict of
     Question, Tweet and qid (str) and Answer, a list of references (str) that is empty only in test.
@@ -32,96 +36,38 @@ def load_tweet_qa(dataset="ucsbnlp/tweet_qa"):
     Raises InputError for a row that cannot be used; it names the file and the row (counted from 1, without a CSV's
     header).
     """
-    raw_splits = _read_folder(Path(dataset)) if is_local(dataset) else _read_hub(dataset)
-    splits = {}
-    for split, (name, raw_rows) in raw_splits.items():
-        if not raw_rows:
-            raise InputError(f"{name} has no rows: at least one is needed")
-        splits[split] = [
-            _check_row(row, f"{name}, row {number}", split != "test") for number, row in enumerate(raw_rows, start=1)
-        ]
-    return splits
+    return load_with_note(dataset)[0]
 
 
-def _read_folder(folder):
-    """{split: (file, list of raw rows)} of a local data folder."""
-    if not folder.is_dir():
-        problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise InputError(f"--dataset {folder} {problem}: give a hub id or a folder with train.* and validation.* files")
-    splits = {}
-    for split, stems in SPLIT_FILES.items():
-        paths = [p for stem in stems for p in (folder / f"{stem}.{ending}" for ending in FILE_TYPES) if p.exists()]
-        if len(paths) > 1:
-            raise InputError(f"{folder} has {' and '.join(p.name for p in paths)} for one split: remove all but one")
-        if paths:
-            splits[split] = (str(paths[0]), _read_file(paths[0]))
-        elif split != "test":
-            raise InputError(f"--dataset {folder} has no {stems[0]} file: add {stems[0]}.({'|'.join(FILE_TYPES)})")
-    return splits
+def load_with_note(dataset):
+    """(what `load_tweet_qa` returns, a line that says how files and columns were taken, or None if they are as usual).
 
-
-def _read_file(path):
-    """The rows of one data file, not checked yet: a list of dicts."""
-    if not path.is_file():
-        raise InputError(
-            f"{path} is not a file: a {path.suffix[1:]} file with the columns {', '.join(COLUMNS)} is needed"
-        )
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow.parquet import ParquetFile
-
-            with ParquetFile(path) as parquet:
-                return parquet.read().to_pylist()
-        text = path.read_bytes().decode("utf-8-sig")  # -sig: a byte order mark is not part of the first column's name
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({one_line(error)}): save it as UTF-8") from None
-    except Exception as error:  # pyarrow has its own exceptions, and is imported only where it is needed
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
-    if path.suffix == ".csv":
-        return _parse_csv(text, path)
-    return _parse_json(text, path)
-
-
-def _parse_csv(text, path):
-    """Rows of a CSV file with a header. Python's own reader, since pandas fills or shifts rows of a wrong length."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field over 128 kB
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise InputError(
-                    f"{path}, row {len(rows) + 1} has more or fewer fields than the header's {len(reader.fieldnames)}: "
-                    "quote fields that contain commas"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise InputError(f"{path}, row {len(rows) + 1} is not valid CSV: {one_line(error)}") from None
-    return rows
-
-
-def _parse_json(text, path):
-    """Rows of a JSON file (one list of objects) or of JSON Lines (one object per line, also under the name .json)."""
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if path.suffix == ".json" and not text.lstrip().startswith("{"):
-            raise InputError(f"{path} is not valid JSON: {one_line(error)}") from None
-    else:
-        if isinstance(rows, list) and path.suffix == ".json":
-            return rows
-    rows = []
-    for line in text.split("\n"):  # not splitlines(), which also splits at characters that JSON allows in a string
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, row {len(rows) + 1} is not valid JSON: {one_line(error)}") from None
-    return rows
+    The line has no "note: " before it.
+    """
+    raw_splits, files = read_folder(Path(dataset)) if is_local(dataset) else (_read_hub(dataset), None)
+    splits, taken, missing = {}, {}, 0
+    for split, parts in raw_splits.items():
+        if not any(rows for _, rows in parts):
+            raise InputError(f"{parts[0][0]} has no rows: at least one is needed")
+        source, how = _columns_of(parts)
+        if how:
+            taken.setdefault(how, []).append(split)
+        splits[split] = []
+        for name, rows in parts:
+            _check_not_all_in_brackets(rows, source["Answer"], name)
+            for number, row in enumerate(rows, start=1):
+                new_qid = str(len(splits[split]) + 1) if source["qid"] is None else None
+                checked, left_out = _check_row(row, f"{name}, row {number}", source, new_qid, split != "test")
+                splits[split].append(checked)
+                missing += left_out
+    notes = [f"columns of {' and '.join(where)}: {how}" for how, where in taken.items()]
+    notes += [files] if files else []
+    notes += [f"{missing} missing references were left out"] if missing else []
+    return splits, " | ".join(notes) or None
 
 
 def _read_hub(dataset):
-    """{split: (name, list of raw rows)} of a hub data set."""
+    """{split: [(name, list of raw rows)]} of a hub data set."""
     ask_hub_once(dataset, "dataset")
     import datasets
 
@@ -137,73 +83,95 @@ def _read_hub(dataset):
             loaded = datasets.load_dataset(dataset, revision="refs/convert/parquet")
     except Exception as error:
         raise cannot_load("--dataset", dataset, "data set", error) from None
-    missing = {"train", "validation"} - set(loaded)
+    found = {split: [name for name in names if name in loaded] for split, names in SPLIT_NAMES.items()}
+    missing = [split for split in ("train", "validation") if not found[split]]
     if missing:
-        raise InputError(f"--dataset {dataset} has no {' and no '.join(sorted(missing))} split")
-    return {split: (f"{dataset} {split}", loaded[split].to_list()) for split in SPLIT_FILES if split in loaded}
+        raise InputError(f"--dataset {dataset} has no {' and no '.join(missing)} split")
+    for names in found.values():
+        if len(names) > 1:
+            raise InputError(f"--dataset {dataset} has {' and '.join(names)} for one split: give a folder with one")
+    return {split: [(f"{dataset} {names[0]}", loaded[names[0]].to_list())] for split, names in found.items() if names}
 
 
-def _check_row(row, where, needs_answer):
-    """A raw row as load_tweet_qa returns it, or InputError."""
+def _columns_of(parts):
+    """({column: its name in the data}, None or how the columns were taken, in words) for a split's rows.
+
+    A column is taken by TweetQA's name, or else by the one name that stands for it. The name of qid is None if no row
+    has one.
+    """
+    layouts = {tuple(row) for _, rows in parts for row in rows if isinstance(row, dict)}
+    keys = {key for layout in layouts for key in layout}
+    by_name = {}
+    for key in sorted(map(str, keys)):
+        by_name.setdefault(clean(key), []).append(key)
+    source = {}
+    for column, groups in COLUMN_NAMES.items():
+        found = [[key for word in group for key in by_name.get(word, [])] for group in groups]
+        if column in keys:
+            found = [[column]]
+        names = next(filter(None, found), [None if column == "qid" and keys else column])
+        if len(names) > 1:
+            names = " and ".join(map(repr, names))
+            raise InputError(f"{parts[0][0]} has the columns {names}: name one of them {column}")
+        source[column] = names[0]
+    if all(column == name for column, name in source.items()):
+        return source, None
+    how = [f"{column} = {' '.join(name.split())}" for column, name in source.items() if name in keys]
+    return source, ", ".join(how + ["qid = the row's number"] * (source["qid"] is None))
+
+
+def _check_not_all_in_brackets(rows, column, name):
+    """InputError if each Answer is [some words]: a printed list without its quotes, as pandas shows it in a table."""
+    if len(rows) >= 5 and all(
+        isinstance(row, dict) and isinstance(row.get(column), str) and re.fullmatch(r"\[[^\[\]'\",]+\]", row[column])
+        for row in rows
+    ):
+        raise InputError(
+            f"{name}, row 1: 'Answer' is in square brackets, as in every row: write the lists as JSON, with quotes"
+        )
+
+
+def _check_row(row, where, source, new_qid, needs_answer):
+    """(a raw row as load_tweet_qa returns it, how many references were missing), or InputError.
+
+    source: see `_columns_of`. new_qid: the qid of a row in a split that has none, or None.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{where} is not an object with the columns {', '.join(COLUMNS)}")
-    for column in COLUMNS:
-        if column not in row and (needs_answer or column != "Answer"):
-            raise InputError(f"{where} has no column {column!r}: it has {', '.join(map(str, row)) or 'none'}"[:500])
-    qid = row["qid"] if not isinstance(row["qid"], int) else str(row["qid"])
+    for column, name in source.items():
+        if name not in row and name and (needs_answer or column != "Answer"):
+            raise InputError(f"{where} has no column {name!r}: it has {listed(row)}"[:500])
+    qid = row[source["qid"]] if new_qid is None else new_qid
+    answer, answer_name = row.get(source["Answer"]), source["Answer"]
+    if not needs_answer and isinstance(answer, str) and answer.strip() in MISSING:
+        answer = None
+    try:
+        references, missing = read_references(answer)
+    except ValueError as error:
+        raise InputError(f"{where}: {answer_name!r} {error}") from None
+    if needs_answer and not references:
+        raise InputError(f"{where}: {answer_name!r} is empty: at least one reference answer is needed")
     checked = {
-        "Question": _check_text(row["Question"], f"{where}: 'Question'"),
-        "Tweet": _check_text(row["Tweet"], f"{where}: 'Tweet'"),
-        "Answer": [],
-        "qid": _check_text(qid, f"{where}: 'qid'"),
+        "Question": _check_text(row[source["Question"]], where, source["Question"]),
+        "Tweet": _check_text(row[source["Tweet"]], where, source["Tweet"]),
+        "Answer": [_check_text(reference, where, answer_name, True) for reference in references],
+        "qid": _check_text(str(qid) if isinstance(qid, int) else qid, where, source["qid"]),
     }
-    answer = row.get("Answer")
-    if isinstance(answer, str):
-        answer = parse_answer(answer)
-    if answer is None or answer == [] or answer == [""]:
-        if needs_answer:
-            raise InputError(f"{where}: 'Answer' is empty: at least one reference answer is needed")
-        return checked
-    if not isinstance(answer, list):
-        raise InputError(f"{where}: 'Answer' must be text or a list of texts, not {type(answer).__name__}")
-    checked["Answer"] = [_check_text(reference, f"{where}: 'Answer'") for reference in answer]
-    return checked
+    return checked, missing
 
 
-def _check_text(text, where):
-    """The text itself if a tokenizer can read it, else InputError."""
+def _check_text(text, where, column, listed=False):
+    """The text itself if a tokenizer can read it, else InputError. listed: it is of a list, where "nan" is a text."""
     if not isinstance(text, str):
-        raise InputError(f"{where} must be text, not {'empty (null)' if text is None else type(text).__name__}")
-    if not text.strip():
-        raise InputError(f"{where} is empty: fill it in or remove the row")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where} contains an unpaired surrogate, which is not a valid character: fix the text"
-        ) from None
+        missing = "empty (null)" if text is None else "missing (NaN)" if text != text else type(text).__name__
+        raise InputError(f"{where}: {column!r} must be text, not {missing}")
+    if not text or text.isspace():
+        raise InputError(f"{where}: {column!r} is empty: fill it in or remove the row")
+    if not text.isascii() and has_unpaired_surrogate(text):
+        raise InputError(f"{where}: {column!r} {UNPAIRED_SURROGATE}")
+    if not listed and text in MISSING:
+        raise InputError(f"{where}: {column!r} is {text}, as pandas writes a missing value: remove the row")
     return text
-
-
-def parse_answer(text):
-    """The references in an Answer that is a string: those of a list written as text, or else the string itself.
-
-    Lists are read as JSON, Python and numpy print them. numpy prints no commas (['a' 'b']), which Python would read as
-    the one string 'ab', so each quoted piece is read separately.
-    """
-    try:
-        references = json.loads(text)
-        if isinstance(references, list):
-            return references
-    except (ValueError, RecursionError):
-        pass
-    quoted = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-    if re.fullmatch(rf"\[\s*{quoted}(?:[\s,]+{quoted})*[\s,]*\]", text.strip(), flags=re.DOTALL):
-        try:
-            return [ast.literal_eval(piece) for piece in re.findall(quoted, text, flags=re.DOTALL)]
-        except (SyntaxError, ValueError):
-            pass
-    return [text]
 
 
 def hold_out(rows, count, seed, taken=frozenset()):
@@ -232,13 +200,19 @@ def count_repeats(rows):
     return len(rows) - len(distinct)
 
 
-def select_rows(args):
-    """Load the data and choose the rows of each role.
+@dataclass(frozen=True)
+class Selected:
+    """The rows of a run."""
 
-    Returns ({"train", "validation", "holdout", "test": rows}, the numbers of the held-out rows in the train file
-    counted from 0, a line that says what was found). holdout and test can be empty.
-    """
-    splits = load_tweet_qa(args.dataset)
+    rows: dict  # {"train", "validation", "holdout", "test": rows}; holdout and test can be empty
+    held_out: list  # the numbers of the held-out rows in the train file, counted from 0
+    note: str  # what was found: one line, after a line "note: ..." if files or columns are not as usual
+    sha256: str  # of the rows of the whole data set, whatever files they were in
+
+
+def select_rows(args):
+    """Load the data and choose the rows of each role: a `Selected`."""
+    splits, taken = load_with_note(args.dataset)
     train = list(enumerate(splits["train"]))
     tweets = {split: [tweet_key(row["Tweet"]) for row in split_rows] for split, split_rows in splits.items()}
     validation_tweets, test_tweets = set(tweets["validation"]), set(tweets.get("test", []))
@@ -265,4 +239,9 @@ def select_rows(args):
         "holdout": [row for _, row in held],
         "test": splits.get("test", [])[: args.max_eval_samples],
     }
-    return rows, [n for n, _ in held], note
+    return Selected(
+        rows=rows,
+        held_out=[n for n, _ in held],
+        note=f"note: {taken}\n{note}" if taken else note,
+        sha256=hashlib.sha256(json.dumps(splits).encode()).hexdigest(),
+    )

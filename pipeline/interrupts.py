@@ -6,6 +6,7 @@ step and the evaluation after each batch.
 
 import os
 import signal
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -32,9 +33,15 @@ def _note(number, frame):
 
 @contextmanager
 def handled():
-    """Handle the signals here within this block; afterwards whoever handled them before does so again."""
+    """Handle the signals here within this block; afterwards whoever handled them before does so again.
+
+    In another thread than the main one, where Python allows no handlers, the signals stay with the main thread.
+    """
     global received
     received = 0
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, _note) for number in SIGNALS}
     try:
         yield

@@ -5,12 +5,34 @@
 
 import os
 import shutil
+import subprocess
 import threading
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
+from pipeline.errors import InputError, reason
 from pipeline.metrics import METRICS
 from pipeline.text import normalize_answer, reference_list
+
+
+def check_leaderboard():
+    """Import what `leaderboard_scores` needs, and start Java, before any training.
+
+    Returns whether METEOR can be computed. Raises InputError if a library cannot be imported.
+    """
+    try:
+        from nltk.translate.bleu_score import sentence_bleu  # noqa: F401
+        from pycocoevalcap.meteor import meteor
+        from pycocoevalcap.rouge.rouge import Rouge  # noqa: F401
+    except Exception as error:  # not only ImportError: nltk looks for folders when it is imported
+        raise InputError(f"the leaderboard's metrics cannot be imported ({reason(error)}); reinstall them") from None
+    jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
+    try:
+        command = ["java", "-version"]
+        return jar.is_file() and not subprocess.run(command, capture_output=True, timeout=60).returncode
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 def leaderboard_scores(predictions, references):

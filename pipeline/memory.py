@@ -7,6 +7,7 @@ counts what is alive at each moment.
 import copy
 import weakref
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -124,8 +125,47 @@ def memory_of(device):
         return torch.cuda.memory_allocated(device), reserved + free
     import psutil
 
-    held = psutil.Process().memory_info().rss
-    return held, held + psutil.virtual_memory().available
+    process = psutil.Process().memory_info()
+    limits = [process.rss + psutil.virtual_memory().available, *cgroup_limits(process.rss)]
+    with suppress(ImportError):  # Windows
+        import resource
+
+        addresses, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+        if addresses != resource.RLIM_INFINITY:
+            limits.append(process.rss + max(0, addresses - process.vms))
+    return process.rss, min(limits)
+
+
+def cgroup_limits(held, root=Path("/")):
+    """The bytes that this process can have at most by each memory limit of a job or container it runs in.
+
+    held: the bytes that it has. root: where the file system is, for tests. Reads cgroup v2 and v1, see
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html.
+    """
+
+    def read(path):
+        with suppress(OSError):
+            return path.read_text(encoding="ascii").strip()
+        return ""
+
+    limits = []
+    for line in read(root / "proc/self/cgroup").splitlines():
+        number, controllers, group = line.split(":", 2)
+        if number == "0":
+            mount, most, used, cache = root / "sys/fs/cgroup", "memory.max", "memory.current", "file"
+        elif "memory" in controllers.split(","):
+            mount, most, used = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache = "total_cache"
+        else:
+            continue
+        inner = Path(group.lstrip("/"))
+        for folder in (mount / parent for parent in (inner, *inner.parents)):  # a limit holds for what is below it
+            limit = read(folder / most)
+            if limit.isdigit() and int(limit) < 2**60:  # v1 writes a huge number for no limit, v2 "max"
+                statistics = dict(row.split() for row in read(folder / "memory.stat").splitlines())
+                others = int(read(folder / used) or 0) - int(statistics.get(cache, 0)) - held
+                limits.append(int(limit) - max(0, others))
+    return limits
 
 
 def estimate_memory(model, loader, accelerator, make_optimizer, checkpointing):

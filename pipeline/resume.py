@@ -6,10 +6,9 @@ The training loop saves it after each epoch, and every --save_every steps.
 import copy
 import hashlib
 import json
-import os
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -26,6 +25,8 @@ from pipeline.run_folder import (
     remove_last,
     writing_folder,
 )
+
+SIMILARITY = "similarity model (--sem_model)"  # a name of `identity`
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Saved:
 
     state: LoopState
     schedule: dict  # the state of the learning rate's schedule
+    optimizer: dict | None = None  # see `describe_optimizer`; None if an older version started the run
 
 
 def save_last(folder, accelerator, loop, model=None, optimizer=None):
@@ -96,6 +98,29 @@ def save_last(folder, accelerator, loop, model=None, optimizer=None):
                 shutil.rmtree(older, ignore_errors=True)
     finally:
         hook.remove()
+
+
+def describe_optimizer(optimizer):
+    """What run.json says of an optimizer: its class and the settings of its groups of weights, without learning rates.
+
+    torch restores the settings together with the state: a resumed run would use those it was started with.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, or torch's own
+    groups = [
+        {name: value for name, value in group.items() if name not in ("params", "lr", "initial_lr")}
+        for group in optimizer.param_groups
+    ]
+    return {"class": type(optimizer).__name__, "groups": json.loads(json.dumps(groups, default=str))}
+
+
+def check_optimizer(folder, saved, optimizer):
+    """Raise InputError if a resumed run's optimizer is not the one that it was started with."""
+    now = describe_optimizer(optimizer)
+    if saved.optimizer not in (None, now):
+        raise InputError(
+            f"--save_dir {folder} was started with another optimizer or other settings ({saved.optimizer['class']}, now"
+            f" {now['class']}): restore build_optimizer, or choose another folder"
+        )
 
 
 def find_last(folder):
@@ -192,22 +217,22 @@ def _cannot_resume(path, error):
     return InputError(f"{path} cannot be resumed from ({reason(error)}); --overwrite starts the run again")
 
 
-def identity(loaders, weights, accelerator):
-    """What must be the same when a run is resumed, besides its arguments.
+def identity(setup):
+    """What must be the same when a run is resumed, besides its arguments: {name: a value for JSON}.
 
-    loaders: {role: DataLoader over a TweetQADataset}. weights: the `weights_sha256` of the model it starts from.
-    Returns {name: a value for JSON}.
+    setup: the run's Setup.
     """
     rows = {}
-    for role, loader in loaders.items():
+    for role, loader in setup.loaders.items():
         data = loader.dataset
         content = json.dumps([data.rows, data.input_ids, data.labels]).encode()
         rows[f"{role} rows (--dataset)"] = hashlib.sha256(content).hexdigest()
     return rows | {
-        "weights (--model_name)": weights,
-        "precision": accelerator.mixed_precision,
-        "number of processes": accelerator.num_processes,
-        **({"sharding": "FSDP2"} if accelerator.is_fsdp2 else {}),
+        "weights (--model_name)": setup.content["model_name"],
+        "precision": setup.accelerator.mixed_precision,
+        "number of processes": setup.accelerator.num_processes,
+        **({"sharding": "FSDP2"} if setup.accelerator.is_fsdp2 else {}),
+        **({SIMILARITY: setup.content["sem_model"]} if "sem_model" in setup.content else {}),
     }
 
 
@@ -219,10 +244,11 @@ def former_run(args, method):
     folder = Path(args.save_dir)
     if args.resume:
         former = check_can_resume(folder, method, vars(args))
-        return former, None if is_finished(former) else read_loop(folder)
+        saved = None if is_finished(former) else read_loop(folder)
+        return former, replace(saved, optimizer=former.get("optimizer")) if saved else None
     check_is_free(folder, args.overwrite)
     if args.overwrite:
-        inputs = {name: getattr(args, name) for name in (*with_role(Role.INPUT), "sem_model")}
+        inputs = {name: getattr(args, name) for name in with_role(Role.INPUT)}
         check_outlives_overwriting(folder, inputs)
     return None, None
 
@@ -241,28 +267,33 @@ def check_can_resume(folder, method, args):
     differing = [
         f"--{name} {as_typed(value)} (was {as_typed(run['args'][name])})"
         for name, value in args.items()
-        if not may_differ_on_resume(name) and name in run["args"] and run["args"][name] != value
+        if name in run["args"] and run["args"][name] != value
+        if not may_differ_on_resume(name) or (name == "sem_model" and SIMILARITY not in run.get("identity", {}))
     ]
     if differing:
         raise InputError(
             f"--save_dir {folder} was started with different settings ({', '.join(differing)}): repeat them, or choose"
             " another folder"
         )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--save_dir {folder} is not writable")
     return run
 
 
 def same_start(folder, former, now):
     """What a resumed run keeps of the record of its start: {name: value}.
 
-    former: its run.json. now: the `identity` of this start. Raises InputError if the run had another identity.
+    former: its run.json. now: the record of this start. Raises InputError if the run had another `identity` or prompt.
     """
-    before = former.get("identity", {})
+    if former["prompt"] != now["prompt"]:
+        raise InputError(
+            f"--save_dir {folder} was started with another prompt, {former['prompt']!r}: restore PROMPT, or choose"
+            " another folder"
+        )
+    before, now = former.get("identity", {}), now["identity"]
     differing = []
     for name in {**before, **now}:
         then, new = before.get(name), now.get(name)
-        if then != new:
+        # Only the main process loads the similarity model, and older versions did not record what it holds.
+        if then != new and not (name == SIMILARITY and None in (then, new)):
             is_hash = len(str(then)) == len(hashlib.sha256().hexdigest())
             differing.append(name if is_hash or then is None else f"{name} (was {then}, is {new})")
     if differing:

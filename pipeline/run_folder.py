@@ -23,6 +23,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from pipeline.errors import InputError, RunError, one_line, reason
+from pipeline.lock import LOCK, check_held, check_writable
 from pipeline.metrics import EACH_EPOCH, METRICS
 
 # The libraries whose versions run.json records: what a result can depend on.
@@ -62,13 +63,25 @@ def check_is_free(folder, overwrite=False):
             f"--save_dir {folder} already has a run: resume it (--resume), replace it (--overwrite), or choose another"
             " folder"
         )
-    if not has_run and folder.is_dir() and any(path.name not in UNRENAMED for path in folder.iterdir()):
-        raise InputError(f"--save_dir {folder} contains other files: choose another folder, or empty it first")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        raise InputError(f"--save_dir {folder}: {nearest} is not a folder; choose another one")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"--save_dir {folder}: {nearest} is not writable; choose another folder")
+    check_writable(folder)
+    if not has_run and folder.is_dir():
+        other = sorted(path.name for path in folder.iterdir() if not _may_be_there(path))
+        if other:
+            more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+            raise InputError(
+                f"--save_dir {folder} contains {other[0]}{more}, which no run has written: choose another folder, or"
+                " empty it first"
+            )
+
+
+def _may_be_there(path):
+    """Whether a new run's folder may have this file: a lock, what a killed run left, or the log of this process."""
+    if path.name in UNRENAMED or path.name.startswith(LOCK):
+        return True
+    with suppress(OSError):
+        # run > folder/log: the shell has created the file that stdout or stderr goes to.
+        return any(os.path.samestat(path.stat(), os.fstat(number)) for number in (1, 2))
+    return False
 
 
 def check_outlives_overwriting(folder, inputs):
@@ -114,9 +127,11 @@ def writing(path):
     Raises RunError if the disk is full, the folder has been removed, or the like; the file at `path` is unchanged then.
     """
     path = Path(path)
+    check_held(path)
     beside = path.with_name(f".tmp-{path.name}")
     try:
         yield beside
+        check_held(path)
         os.replace(beside, path)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -128,6 +143,7 @@ def writing(path):
 @contextmanager
 def writing_folder(path):
     """Yield a new folder to write to, and remove it afterwards if it still exists. Raises RunError, see `writing`."""
+    check_held(path)
     try:
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir()  # without its parents: a run folder that was deleted meanwhile is not created again
@@ -167,22 +183,25 @@ def write_test_answers(path, rows, predictions):
 # ---------------------------------------------------------------------------------------------------------- run.json
 
 
-def describe_run(method, args, model, device, prompt):
+def describe_run(setup, method, model, prompt):
     """What run.json says of a run from its start: a dict for `run_record`.
 
-    method: "full" or "lora". args: {name: value} of the command line. model: the model to be trained. device: its
-    device's name. prompt: the template of the model's input.
+    setup: the run's Setup. method: "full" or "lora". model: as it will be trained or scored. prompt: the template of
+    the model's input.
     """
+    from pipeline.devices import device_name  # imports torch
+
     return {
         "method": method,
-        "args": dict(args),
+        "args": dict(vars(setup.args)),
         "prompt": prompt,
+        "content": setup.content,  # {argument: hash of what its path or hub id holds}
         "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
         "git_commit": git_commit(),
         "run_id": uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device,
-        "seed": args["seed"],
+        "device": device_name(setup.accelerator.device),
+        "seed": setup.args.seed,
         "trainable_parameters": model.num_parameters(only_trainable=True),
         "total_parameters": model.num_parameters(),
     }
@@ -225,15 +244,22 @@ def is_finished(run):
 
 
 def git_commit():
-    """The commit of the code that runs, with "-dirty" if tracked files were changed since; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the code that runs, with "-dirty" if tracked files were changed since.
+
+    None without git, and if the code is not a repository but lies in one, whose commits say nothing about it.
+    """
+    project = Path(__file__).resolve().parent.parent
+
+    def git(*command):
+        options = {"cwd": project, "capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *command], **options).stdout.strip()
+
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != project:
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    return done.stdout.strip()
 
 
 def peak_ram_mb():
@@ -262,8 +288,8 @@ def read_run(folder):
     """The finished run in `folder`: (record, epochs, examples), checked against each other.
 
     record: run.json; its "scoring" has the arguments that the final metrics were computed with, those of a later
-    --eval_only if there was one. epochs: metrics.csv. examples: validation_predictions.csv, with the references as
-    lists and NaN for a metric that was not measured. Both are DataFrames.
+    --eval_only if there was one, and their "content". epochs: metrics.csv. examples: validation_predictions.csv, with
+    the references as lists and NaN for a metric that was not measured. Both are DataFrames.
 
     Raises InputError if there is no run, or if it has not finished or its files are damaged.
     """
@@ -307,7 +333,7 @@ def _check_record(folder, record):
     def is_number(value):
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    record["scoring"] = record.get("eval_only") or record["args"]
+    record["scoring"] = record.get("eval_only") or {**record["args"], "content": record.get("content", {})}
     if isinstance(record["args"], dict) and record["args"].get("eval_only"):
         raise InputError(f"{folder} has a checkpoint that was only scored (--eval_only), not a training run")
     if record.get("final") is None or record.get("wall_time_seconds") is None or (folder / "last").exists():

@@ -1,18 +1,37 @@
 """Loading a T5 model and its tokenizer, and everything else that depends on the model being a T5.
 
-To use another model family, change this file and `fast_cpu.py`: what they assume is an encoder-decoder of transformers
-whose `generate` takes `encoder_outputs`, and modules named as T5's are.
+`contract.py` has the checks. To use another model family, change these two files and `fast_cpu.py`: what they assume is
+an encoder-decoder of transformers whose `generate` takes `encoder_outputs`, and modules named as T5's are.
 """
 
+import copy
+import logging
+import os
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, EncoderDecoderCache
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    EncoderDecoderCache,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
-from pipeline.errors import InputError
+from pipeline import contract
+from pipeline.errors import InputError, reason
 from pipeline.fast_cpu import use_torch_kernels
 from pipeline.hub import ask_hub_once, cannot_load, is_local
+
+# Where a hub repository has pickled weights alone, transformers would take converted ones from anybody's pull request.
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 
 LABEL_PAD = -100  # the target id that torch's cross entropy and transformers leave out of the loss
 
@@ -21,45 +40,148 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
     """Load a T5 model in float32 and its tokenizer.
 
     model_name: a hub id or a folder with config, safetensors weights and tokenizer. No code and no pickled weights
-        from there are ever run.
+        from there are ever run. The checkpoint's generation_config.json is not read, see `search`.
     cached: True for a hub id that this run has loaded before, so that a hub that fails meanwhile does not matter.
     flag: the argument that an error message names.
 
-    Returns (model in eval mode on the CPU, tokenizer). Raises InputError for what cannot be loaded completely.
+    Returns (model in eval mode on the CPU, tokenizer). Raises InputError for what cannot be loaded completely, or does
+    not keep T5's contract (`contract.py`).
     """
+    where = f"{flag} {model_name}"
     if is_local(model_name) and not Path(model_name).is_dir():
-        raise InputError(f"{flag} {model_name}: there is no such folder; give a hub id or a model folder")
+        raise InputError(f"{where}: there is no such folder; give a hub id or a model folder")
     if Path(model_name, "adapter_config.json").exists():
-        raise InputError(f"{flag} {model_name} is a LoRA adapter: give the folder or hub id of its base model")
+        raise InputError(f"{where} is a LoRA adapter: give the folder or hub id of its base model")
+    if is_local(model_name) and not Path(model_name, "config.json").is_file():
+        raise InputError(f"{where}: the model in this folder cannot be loaded (it has no config.json)")
     if not is_local(model_name) and not cached:
         ask_hub_once(model_name, "model")
     try:
-        # trust_remote_code: by default transformers asks at the terminal whether to run code in the folder.
-        tokenizer = AutoTokenizer.from_pretrained(model_name, local_files_only=cached, trust_remote_code=False)
-        # float32: training keeps full-precision weights, whatever type the checkpoint was saved in.
-        model, report = AutoModelForSeq2SeqLM.from_pretrained(
-            model_name,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=cached,
-            trust_remote_code=False,
-        )
+        with silence():
+            return _load(where, model_name, cached)
+    except InputError:
+        raise
     except Exception as error:
+        if not is_local(model_name) and "safetensors" in str(error):
+            contract.check_not_pickled_on_hub(where, model_name)
         raise cannot_load(flag, model_name, "model", error) from None
-    # transformers fills in missing weights at random, and builds an empty vocabulary for a missing tokenizer.
-    if report["missing_keys"]:
-        raise InputError(f"{flag} {model_name}: its weights lack {', '.join(sorted(report['missing_keys'])[:3])}")
-    if tokenizer.decode(tokenizer("who won").input_ids, skip_special_tokens=True).strip() != "who won":
-        files = "tokenizer_config.json, and tokenizer.json or spiece.model"
-        raise InputError(f"{flag} {model_name}: its tokenizer files are missing ({files})")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise InputError(f"{flag} {model_name}: its tokenizer has more pieces than the model has embeddings")
+
+
+def _load(where, model_name, cached):
+    # trust_remote_code: by default transformers asks at the terminal whether to run code in the folder.
+    options = {"local_files_only": cached, "trust_remote_code": False}
+    said, _ = PretrainedConfig.get_config_dict(model_name, local_files_only=cached)
+    kind = contract.check_architecture(where, said)
+    config = AutoConfig.for_model(kind, **contract.network(said))
+    with _tokenizer_errors(where):
+        contract.check_can_read_vocabulary(where, Path(model_name))
+        tokenizer = _load_tokenizer(model_name, config, options)
+        ids = contract.check_tokenizer(where, tokenizer, said)
+    for name, value in ids.items():
+        setattr(config, name, value)
+    model, report = _load_weights(where, model_name, config, said, options)
+    tied, scaled = contract.check_model(where, model, tokenizer, report)
     # transformers 5 says "tied" of every T5. Saved like that, transformers 4 would tie the separate lm_head of a
-    # flan-t5 or t5-v1_1 again, silently, and answer nonsense: so the config says what the weights are.
-    model.config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    # flan-t5 or t5-v1_1 again, silently, and answer nonsense. It also scales the output of what is said to be tied.
+    model.config.tie_word_embeddings = tied and scaled
     use_torch_kernels(model)
     return model, tokenizer
+
+
+def _load_weights(where, model_name, config, said, options):
+    tied, local = said.get("tie_word_embeddings") is not False, is_local(model_name)
+    # A hub id's config.json is in the cache by now, and its weights will be beside it.
+    config_file = (
+        Path(model_name, "config.json") if local else cached_file(model_name, "config.json", local_files_only=True)
+    )
+    folder = Path(config_file).parent
+    if local:
+        contract.check_weight_files(where, folder, config, tied)
+    try:
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(
+            model_name,
+            config=config,
+            generation_config=GenerationConfig(
+                pad_token_id=config.pad_token_id,
+                eos_token_id=config.eos_token_id,
+                decoder_start_token_id=config.decoder_start_token_id,
+            ),
+            dtype=torch.float32,  # training keeps full-precision weights, whatever type the checkpoint was saved in
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception:
+        if (folder / "model.safetensors").is_file():  # a better reason, if that is it
+            contract.check_weight_files(where, folder, config, tied)
+        raise
+    if not local:
+        contract.check_weight_files(where, folder, config, tied)
+    return loaded
+
+
+def _load_tokenizer(model_name, config, options):
+    tokenizer = AutoTokenizer.from_pretrained(model_name, config=config, **options)
+    path = cached_file(
+        model_name,
+        "tokenizer.json",
+        local_files_only=options["local_files_only"],
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if path and not contract.reads_as_written(tokenizer, path):
+        # transformers 5 builds some classes, such as T5Tokenizer, from the vocabulary in tokenizer.json alone. A
+        # tokenizer.json that also lowers the case, say, would give other ids than those the model was trained with.
+        names = ("eos_token", "pad_token", "unk_token", "model_max_length")
+        named = {name: value for name in names if (value := getattr(tokenizer, name, None))}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=path, **named)
+    tokenizer.padding_side = tokenizer.truncation_side = "right"  # labels padded at the left would train nothing
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+@contextmanager
+def _tokenizer_errors(where):
+    """Turn whatever a damaged tokenizer raises into an InputError, and show nothing of it.
+
+    The tokenizers library is written in Rust. Its panics are no Exception in Python, and it prints past sys.stdout and
+    sys.stderr: so both file descriptors lead to nowhere meanwhile.
+    """
+    null, kept = os.open(os.devnull, os.O_WRONLY), {}
+    for number in (1, 2):
+        with suppress(OSError):  # this process was started without it
+            kept[number] = os.dup(number)
+            os.dup2(null, number)
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"{where}: its tokenizer files are missing or damaged ({contract.TOKENIZER_FILES}): {reason(error)}"
+        ) from None
+    finally:
+        for number, copied in kept.items():
+            os.dup2(copied, number)
+            os.close(copied)
+        os.close(null)
+
+
+@contextmanager
+def silence():
+    """Keep what torch, transformers and others log, warn and draw about a checkpoint off the screen."""
+    disabled, bar = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
+    logging.disable(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def hold_in_bf16(model):
@@ -93,3 +215,43 @@ class SearchCache(EncoderDecoderCache):
 def encoder_output(encoded):
     """What T5 takes as encoder_outputs: `encoded`, (batch, input length, width), in a new object."""
     return BaseModelOutput(last_hidden_state=encoded)
+
+
+def start_token(model):
+    """The token id that an answer starts from: by T5's rule the pad token, where the config does not name one.
+
+    Raises InputError for a PeftModel whose adapter is a prompt, which the encoder alone would not see.
+    """
+    adapter = getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise InputError(f"this adapter is of type {adapter.peft_type.value}, not LORA: it cannot be evaluated here")
+    start = getattr(model.config, "decoder_start_token_id", None)
+    start = model.config.pad_token_id if start is None else start
+    if start is None:
+        raise InputError("the model's config names neither decoder_start_token_id nor pad_token_id, which is 0 in T5")
+    return start
+
+
+def search(model, tokenizer, *, beams, max_target_len, **inputs):
+    """Beam search, or greedy with one beam: int64 (batch, answer length), without the start token.
+
+    inputs: for `generate`. The search is this project's: nothing of the model's generation_config takes part in it.
+    `generate` would fill whatever `settings` leaves open from there, such as forced tokens or a shortest length. So it
+    gets a shallow copy of the model, with the same weights and modules; the model itself is not changed, and threads
+    can share it.
+    """
+    from transformers import GenerationMixin  # imports accelerate, which takes long
+
+    settings = GenerationConfig(
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=max_target_len,
+        use_cache=True,
+        decoder_start_token_id=start_token(model),
+        pad_token_id=tokenizer.pad_token_id,
+        # The end that training teaches: the tokenizer ends each target with it.
+        eos_token_id=model.config.eos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+    )
+    whole = copy.copy(next(module for module in model.modules() if isinstance(module, GenerationMixin)))
+    whole.generation_config = settings
+    return GenerationMixin.generate(whole, generation_config=settings, **inputs)[:, 1:]

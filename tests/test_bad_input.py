@@ -126,11 +126,11 @@ def test_wrong_models(place, capfd, minilm):
     refused("no_weights", "--model_name no_weights: the model in this folder cannot be loaded")
     copy_model(place, "no_tokenizer", without=["*token*"])
     refused("no_tokenizer", "--model_name no_tokenizer: its tokenizer files are missing")
-    refused(str(minilm), "the model in this folder cannot be loaded (ValueError: Unrecognized configuration class")
+    refused(str(minilm), "is a BERT model, which cannot be loaded here")
 
     whole = (place / "model" / "model.safetensors").read_bytes()
     (copy_model(place, "cut_off") / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused("cut_off", "--model_name cut_off: the model in this folder cannot be loaded (SafetensorError")
+    refused("cut_off", "--model_name cut_off: model.safetensors is damaged or incomplete (SafetensorError")
 
     weights = load_file(place / "model" / "model.safetensors")
     del weights["decoder.final_layer_norm.weight"]
@@ -139,12 +139,12 @@ def test_wrong_models(place, capfd, minilm):
 
     config = json.loads((place / "model" / "config.json").read_text())
     (copy_model(place, "other_shape") / "config.json").write_text(json.dumps(config | {"d_ff": 7}))
-    refused("other_shape", "--model_name other_shape: the model in this folder cannot be loaded")
+    refused("other_shape", "--model_name other_shape: its weights do not fit its config.json: decoder.block.0")
 
     # Pickled weights could run code, so they are not even looked at.
     pickled = copy_model(place, "pickled", without=["*.safetensors"])
     torch.save(load_file(place / "model" / "model.safetensors"), pickled / "pytorch_model.bin")
-    refused("pickled", "--model_name pickled: the model in this folder cannot be loaded")
+    refused("pickled", "--model_name pickled: its weights are pickled (pytorch_model.bin)")
 
     (copy_model(place, "adapter") / "adapter_config.json").write_text("{}")
     refused("adapter", "--model_name adapter is a LoRA adapter: give the folder or hub id of its base model")
@@ -189,7 +189,9 @@ def test_a_save_dir_that_is_taken(place, capfd):
     (place / "other").mkdir()
     (place / "other" / "thesis.txt").write_text("do not lose me")
     assert_refused(place, capfd, "--save_dir old already has a run", "--save_dir", "old")
-    assert_refused(place, capfd, "--save_dir other contains other files", "--save_dir", "other")
+    assert_refused(
+        place, capfd, "--save_dir other contains thesis.txt, which no run has written", "--save_dir", "other"
+    )
     message = "other/thesis.txt is not a folder"
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt")
     assert_refused(place, capfd, message, "--save_dir", "other/thesis.txt/run")
@@ -202,10 +204,10 @@ def test_eval_only_of_what_is_no_checkpoint(place, capfd, minilm, script):
 
     refused("nowhere", "--save_dir nowhere: there is no such folder; --eval_only needs one with a checkpoint")
     refused("data", "--save_dir data has no checkpoint")
-    refused(str(minilm), "the model in this folder cannot be loaded")
+    refused(str(minilm), "is a BERT model, which cannot be loaded here")
     weights = copy_model(place, "cut_off") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    refused("cut_off", "--save_dir cut_off: the model in this folder cannot be loaded")
+    refused("cut_off", "--save_dir cut_off: model.safetensors is damaged or incomplete (SafetensorError")
     (copy_model(place, "bad_record") / "run.json").write_text("{")
     refused("bad_record", "run.json cannot be read")
     (place / "adapter").mkdir()

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import pytest
-import torch
 from conftest import FULL, LORA, PROJECT, run_script
-
-from helper_functions import answer, build_prompt
 
 MODEL = PROJECT / "demo" / "tiny-t5"
 SMALL = ("--dataset", PROJECT / "demo" / "tweets", "--sem_model", "none", "--final_beams", 1)
@@ -158,28 +155,3 @@ def test_another_logged_value(changed):
     assert pd.read_csv(changed / "full" / "metrics.csv")["steps"].tolist() == [4]
     events = EventAccumulator(str(changed / "full" / "tensorboard")).Reload()
     assert {"train/tokens", "train/weight_norm", "epoch/steps"} <= set(events.Tags()["scalars"])
-
-
-def test_another_model_family_that_needs_no_change(tmp_path):
-    """A small BART with random weights, whose answers are those of transformers' own search."""
-    from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
-
-    from pipeline.checkpoint import load_checkpoint
-
-    torch.manual_seed(0)
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    sizes |= {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "max_position_embeddings": 256}
-    tokens = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 0, "vocab_size": 2000}
-    model = BartForConditionalGeneration(BartConfig(**sizes, **tokens, forced_eos_token_id=1))
-    model.save_pretrained(tmp_path / "bart")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, tmp_path / "bart")
-    given = ("--model_name", tmp_path / "bart", *SMALL, "--target_modules", "q_proj", "v_proj", "--lr", 1e-2)
-    done = run_script(LORA, *given, "--save_dir", tmp_path / "run")
-    assert done.returncode == 0 and "[final]" in done.stdout, done.stderr
-
-    model, tokenizer = load_checkpoint(tmp_path / "run")
-    question, tweet = "who won?", "The Rockets won again! @nba"
-    inputs = AutoTokenizer.from_pretrained(MODEL)(build_prompt(question, tweet), return_tensors="pt")
-    expected = tokenizer.decode(model.generate(**inputs, num_beams=3, max_new_tokens=32)[0], skip_special_tokens=True)
-    assert answer(model, tokenizer, "cpu", question, tweet, beams=3) == expected.strip() != ""

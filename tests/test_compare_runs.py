@@ -465,7 +465,7 @@ def change_rows(column, row, value):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (change_record(args__dataset="squad"), "different data sets, --dataset tweet_qa and squad"),
+        (change_record(args__dataset="squad"), "tweet_qa and squad"),
         (change_record(args__max_train_samples=64), "--max_train_samples none and 64"),
         (change_record(args__holdout=100), "--holdout none and 100"),
         (change_record(args__sem_model="other"), "--sem_model minilm and other"),
@@ -609,7 +609,7 @@ def test_only_a_former_comparison_is_replaced(two, tmp_path, capsys):
         assert re.fullmatch(rf"error: --out .* contains a {name} .*\n", capsys.readouterr().err)
         assert [path.read_text() for path in other.iterdir()] == ["mine"]
     assert compare(*two, out=out / "notes.txt") == 2
-    assert re.fullmatch(r"error: --out .* is not writable .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: --out .* is not a folder; .*\n", capsys.readouterr().err)
 
 
 # ------------------------------------------------------------------------------------------------------ real runs

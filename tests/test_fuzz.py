@@ -66,7 +66,7 @@ def outcome(script, argv, monkeypatch, capsys):
 
 
 def listing(folder):
-    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    return sorted((str(path), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------- data files

@@ -282,7 +282,7 @@ def load_as_readme_says(script, folder, base):
 
 def test_a_sharded_model_may_share_its_embeddings_with_its_head(tmp_path, calm_demo):
     model = AutoModelForSeq2SeqLM.from_pretrained(calm_demo)
-    model.config.tie_word_embeddings = True
+    model.config.tie_word_embeddings = model.config.scale_decoder_outputs = True
     weights = load_file(calm_demo / "model.safetensors")
     del weights["lm_head.weight"]
     tied = shutil.copytree(calm_demo, tmp_path / "tied")

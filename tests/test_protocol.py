@@ -48,20 +48,22 @@ def chosen(tweet_qa, **given):
 
 def test_holdout_on_the_real_data(tweet_qa):
     train = load_tweet_qa(str(tweet_qa))["train"]
-    rows, numbers, _ = chosen(tweet_qa, holdout=500)
+    rows, numbers = (chosen(tweet_qa, holdout=500).rows, chosen(tweet_qa, holdout=500).held_out)
     assert len(rows["holdout"]) == len(numbers) == 500 and len(rows["train"]) == 10692 - 500
     assert rows["holdout"] == [train[number] for number in numbers]
     keys = {role: {tweet_key(row["Tweet"]) for row in rows[role]} for role in rows}
     assert not keys["holdout"] & (keys["train"] | keys["validation"])
-    assert chosen(tweet_qa, holdout=500)[1] == numbers
-    others = chosen(tweet_qa, holdout=500, seed=43)[1]
+    assert chosen(tweet_qa, holdout=500).held_out == numbers
+    others = chosen(tweet_qa, holdout=500, seed=43).held_out
     assert len(set(others) & set(numbers)) < 100  # another seed chooses other rows
 
 
 def test_leaks_are_counted_and_dropped(tweet_qa):
-    whole, _, note = chosen(tweet_qa)
-    assert note == ("check: 46 training rows repeat | the tweets of 6 validation and 1 test rows are also in train")
-    dropped, _, note = chosen(tweet_qa, drop_leaked=True)
+    whole = chosen(tweet_qa).rows
+    assert chosen(tweet_qa).note == (
+        "check: 46 training rows repeat | the tweets of 6 validation and 1 test rows are also in train"
+    )
+    dropped, note = chosen(tweet_qa, drop_leaked=True).rows, chosen(tweet_qa, drop_leaked=True).note
     others = {tweet_key(row["Tweet"]) for role in ("validation", "test") for row in whole[role]}
     leaked = [row for row in whole["train"] if tweet_key(row["Tweet"]) in others]
     assert dropped["train"] == [row for row in whole["train"] if row not in leaked] and leaked
@@ -103,7 +105,8 @@ def test_the_breakdown_counts_each_example_once_a_feature(tweet_qa):
         "handle",
         "number",
         "emoji",
-    }  # none has a URL
+        "url",
+    }
     first = table.iloc[0]
     assert (first["feature"], first["value"], first["f1"]) == ("question", "who", pytest.approx(0.1))
     large = table[table["count"] >= WELL_POPULATED]

@@ -147,7 +147,7 @@ def test_a_damaged_folder_is_not_resumed(place, stopped, tmp_path, monkeypatch, 
         message = "its weights are not those that this model trains"
         refused(message, lambda folder, wrong=wrong: save_file(wrong, folder / "last" / "model.safetensors"))
 
-    refused("cannot be loaded", lambda folder: cut_off(folder / WEIGHTS[script]))
+    refused("is damaged or incomplete", lambda folder: cut_off(folder / WEIGHTS[script]))
     refused("cannot be loaded", lambda folder: (folder / WEIGHTS[script]).unlink())
     refused("its tokenizer files are missing", lambda folder: (folder / "tokenizer.json").unlink())
     refused("run.json cannot be read", lambda folder: (folder / "run.json").write_text("{"))
@@ -182,8 +182,8 @@ def test_adapters_that_do_not_fit_are_named(place, stopped, tmp_path, flan_t5_fi
         torch.save(load_file(folder / WEIGHTS[script]), folder / "adapter_model.bin")
         (folder / WEIGHTS[script]).unlink()
 
-    refused("the adapter in this folder cannot be loaded", lambda folder: cut_off(folder / WEIGHTS[script]))
-    refused("(it has no adapter_model.safetensors)", pickled)
+    refused(f"{WEIGHTS[script]} is damaged or incomplete", lambda folder: cut_off(folder / WEIGHTS[script]))
+    refused("its weights are pickled (adapter_model.bin)", pickled)
     refused("its tokenizer files are missing", lambda folder: (folder / "tokenizer.json").unlink())
     refused("of type IA3, not LORA", config(peft_type="IA3"))
     refused("the adapter in this folder cannot be loaded", config(peft_type="NO_SUCH"))
@@ -236,4 +236,4 @@ def test_overwriting_waits_for_good_input_and_removes_only_what_a_run_wrote(plac
     other.mkdir()
     (other / "thesis.txt").write_text("")
     argv = arguments(place, full, other, "--overwrite")
-    assert_refused_at(capfd, other, full, argv, "other files")
+    assert_refused_at(capfd, other, full, argv, "which no run has written")

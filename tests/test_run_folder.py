@@ -1,6 +1,7 @@
 """What a run writes is whole at any moment: an interruption leaves the older file or checkpoint, or the newer one."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,7 +44,10 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint_or_none(tmp_path, monkeyp
     folder = tmp_path / "run"
     folder.mkdir()
     args = {"model_name": str(standin), "dataset": "data", "save_dir": str(folder), "seed": 0, "final_beams": 5}
-    record = run_record(describe_run("full", args, model, "cpu", PROMPT))
+    setup = SimpleNamespace(
+        args=SimpleNamespace(**args), content={}, accelerator=SimpleNamespace(device=torch.device("cpu"))
+    )
+    record = run_record(describe_run(setup, "full", model, PROMPT))
 
     def save(value, renames=1000):
         with torch.no_grad():
