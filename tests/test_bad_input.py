@@ -139,12 +139,12 @@ def test_wrong_models(place, capfd, minilm):
 
     config = json.loads((place / "model" / "config.json").read_text())
     (copy_model(place, "other_shape") / "config.json").write_text(json.dumps(config | {"d_ff": 7}))
-    refused("other_shape", "--model_name other_shape: the model in this folder cannot be loaded")
+    refused("other_shape", "--model_name other_shape: its weights do not fit its config.json: decoder.block.0")
 
     # Pickled weights could run code, so they are not even looked at.
     pickled = copy_model(place, "pickled", without=["*.safetensors"])
     torch.save(load_file(place / "model" / "model.safetensors"), pickled / "pytorch_model.bin")
-    refused("pickled", "--model_name pickled: the model in this folder cannot be loaded")
+    refused("pickled", "--model_name pickled: its weights are pickled (pytorch_model.bin)")
 
     (copy_model(place, "adapter") / "adapter_config.json").write_text("{}")
     refused("adapter", "--model_name adapter is a LoRA adapter: give the folder or hub id of its base model")

@@ -183,7 +183,7 @@ def test_adapters_that_do_not_fit_are_named(place, stopped, tmp_path, flan_t5_fi
         (folder / WEIGHTS[script]).unlink()
 
     refused(f"{WEIGHTS[script]} is damaged or incomplete", lambda folder: cut_off(folder / WEIGHTS[script]))
-    refused("(it has no adapter_model.safetensors)", pickled)
+    refused("its weights are pickled (adapter_model.bin)", pickled)
     refused("its tokenizer files are missing", lambda folder: (folder / "tokenizer.json").unlink())
     refused("of type IA3, not LORA", config(peft_type="IA3"))
     refused("the adapter in this folder cannot be loaded", config(peft_type="NO_SUCH"))

@@ -44,7 +44,9 @@ def test_an_interrupted_save_leaves_a_whole_checkpoint_or_none(tmp_path, monkeyp
     folder = tmp_path / "run"
     folder.mkdir()
     args = {"model_name": str(standin), "dataset": "data", "save_dir": str(folder), "seed": 0, "final_beams": 5}
-    setup = SimpleNamespace(args=SimpleNamespace(**args), content={}, accelerator=SimpleNamespace(device="cpu"))
+    setup = SimpleNamespace(
+        args=SimpleNamespace(**args), content={}, accelerator=SimpleNamespace(device=torch.device("cpu"))
+    )
     record = run_record(describe_run(setup, "full", model, PROMPT))
 
     def save(value, renames=1000):
