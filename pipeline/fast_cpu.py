@@ -31,18 +31,26 @@ def onednn_product(x, weight):
 
 @lru_cache(maxsize=1)
 def onednn_is_faster():
-    """Whether oneDNN multiplies matrices of a T5's size MARGIN times as fast as torch's own product: both are tried."""
+    """Whether oneDNN multiplies matrices of a T5's size MARGIN times as fast as torch's own product: both are tried.
+
+    The processor time of one thread is compared, and the shortest of many tries: on a busy machine the answer must be
+    the same as on a quiet one, since the last digits of a run depend on it.
+    """
     if not torch.backends.mkldnn.is_available():
         return False
-    x, weight = torch.ones(256, 512), torch.ones(1024, 512)
+    x, weight, threads = torch.ones(128, 512), torch.ones(512, 512), torch.get_num_threads()
     calls = {"torch": lambda: torch.nn.functional.linear(x, weight), "oneDNN": lambda: onednn_product(x, weight)}
     seconds = dict.fromkeys(calls, math.inf)
-    with torch.inference_mode():
-        for _ in range(8):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            for _ in range(30):
+                for name, call in calls.items():
+                    start = time.thread_time()
+                    call()
+                    seconds[name] = min(seconds[name], time.thread_time() - start)
+    finally:
+        torch.set_num_threads(threads)
     return seconds["oneDNN"] * MARGIN < seconds["torch"]
 
 
