@@ -206,7 +206,7 @@ def _flag(where, key, script, parser):
 
 def _is_axis(flag, value):
     """Whether a value of the plan is a list of values; for a flag that takes several words that is a list of lists."""
-    return isinstance(value, list) and (flag.nargs is None or any(isinstance(each, list) for each in value))
+    return isinstance(value, list) and (flag.nargs != "+" or any(isinstance(each, list) for each in value))
 
 
 def _axis(where, flag, value):

@@ -80,6 +80,14 @@ def test_a_method_has_the_last_word_over_common_and_an_axis_may_be_common(plan_o
     assert [base.key for base in plan.bases] == ["base"]  # epochs do not matter to an untrained model
 
 
+def test_true_and_false_can_be_an_axis(plan_of):
+    plan = plan_of(PLAN.replace("lora_r = [1, 4]", "gradient_checkpointing = [false, true]"))
+    assert [method.key for method in plan.methods[1:]] == [
+        f"lora,gradient_checkpointing={each}" for each in ("false", "true")
+    ]
+    assert ["--gradient_checkpointing" in words(method.arguments) for method in plan.methods[1:]] == [False, True]
+
+
 def test_each_untrained_model_is_scored_once(plan_of):
     plan = plan_of(PLAN.replace('model_name = "demo/tiny-t5"', 'model_name = ["demo/tiny-t5", "google/flan-t5-small"]'))
     assert len(plan.methods) == 6

@@ -276,7 +276,7 @@ def test_the_first_runs_of_the_plan_for_tweetqa_run_on_a_stand_in(tmp_path, stan
         assert count == 1
     small = {"dataset": str(tweet_qa), "sem_model": "none", "max_train_samples": 32, "max_eval_samples": 16}
     lines = "\n".join(f"{name} = {json.dumps(value)}" for name, value in small.items())
-    (tmp_path / "plan.toml").write_text(text.replace("[common]", f"[common]\n{lines}"))
+    (tmp_path / "plan.toml").write_text(text.replace("\n[common]\n", f"\n[common]\n{lines}\n"))
     listed = start_script("study.py", tmp_path / "plan.toml", "--list").wait()
     due = [shlex.split(line)[1:] for line in listed.stdout.splitlines()]
     assert listed.returncode == 0 and len(due) == 21  # the untrained model, and five rates of four methods
