@@ -354,7 +354,7 @@ DEMO_METHOD = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
 def test_the_demo_takes_what_it_said_it_would(script, tmp_path, minilm):
     """As `make demo` starts it, for one epoch."""
     estimated, peak = estimate_and_peak(
