@@ -3,10 +3,10 @@
     python -m benchmarks.coverage             # about 8 minutes on one core
     python -m benchmarks.coverage --quick     # 200 studies for each setting: about a minute
 
-A study scores a few seeds of two methods on the same rows. Each row's score comes from a hidden value, the sum of normal
-effects of the tweet, the row, the method on them, and the seed on the row; the seed's own effect shifts all rows. A
-value below 0 scores 0, one above 100 scores 100: a share of zeros and of full scores like F1's. A setting chooses the
-hidden shifts such that the true difference and the standard deviation between seeds are exactly those that it names.
+A study scores a few seeds of two methods on the same rows. Each row's score comes from a hidden value, the sum of
+normal effects of the tweet, the row, the method on them, and the seed on the row; the seed's own effect shifts all
+rows. A value below 0 scores 0, one above 100 scores 100, which gives zeros and full scores as F1 has them. The hidden
+shifts are chosen such that the true difference and the standard deviation between seeds are those of the setting.
 
 The random numbers have fixed seeds: the figures are the same on every machine.
 """
@@ -99,6 +99,7 @@ def settings():
         against_full("5 seeds, skewed", seeds=5, seed_effects="skewed"),
         against_full("3 seeds that change no mean", seed_sd=0.0),
         against_full("3 seeds, seeds' sd 4", seed_sd=4.0),
+        Setting("3 seeds, seeds' sd 2 and 1", replace(full, seed_sd=2.0), replace(full, seed_sd=1.0)),
         Setting("3 seeds, seeds' sd 3 and 0.5", replace(full, seed_sd=3.0), replace(full, seed_sd=0.5)),
         Setting("3 and 5 seeds, 2 lower", replace(full, mean=68), replace(full, seeds=5)),
         Setting("3 seeds and an untrained model, 40 lower", full, Method(1, None, 30)),
@@ -217,12 +218,12 @@ def resampled(scores, tweets, rng):
     }
 
 
-def coverage(setting, studies, candidates=tuple(CANDIDATES)):
+def coverage(setting, studies, candidates=tuple(CANDIDATES), seed=0):
     """Of a setting: {"covered": {candidate: share of the studies}, "half width": …, "at most": share of the studies
     whose true loss is larger than they say it is at most, "estimate": the Estimate with the mean variances}."""
     bounds, truths, chosen = {name: [] for name in candidates}, [], []
     rng = np.random.default_rng(1)
-    for scores, tweets, true in simulate(setting, studies):
+    for scores, tweets, true in simulate(setting, studies, seed):
         truths.append(true)
         some = [analytic(setting, each, tweets) for each in zip(*scores, strict=True)]
         chosen += [each["chosen"] for each in some]
@@ -282,10 +283,17 @@ def half_width(setting, seeds, studies):
 
 def power(setting, true, studies, margins=(2.0, 2.5, 3.0)):
     """What `detectable` and `seeds_needed` say, given the true variances, beside brute force."""
-    normal = special.stdtrit(true.degrees_of_freedom, [0.975, 0.8]).sum() * true.standard_error
+    freedom = true.degrees_of_freedom
+    bound, other = special.stdtrit(freedom, [0.975, 0.8])
+    noncentral = optimize.brentq(lambda each: stats.nct.sf(bound, freedom, each) - 0.8, 0, 10 * bound)
+    formulas = {
+        "chosen": detectable(true),
+        "noncentral t": noncentral * true.standard_error,
+        "sum of two t": (bound + other) * true.standard_error,
+    }
     found = {"detectable": {}, "seeds": []}
-    for name, loss in (("noncentral t", detectable(true)), ("sum of two t", float(normal))):
-        found["detectable"][name] = {"difference": loss, "shown": shown(setting, loss, studies)}
+    for name, loss in formulas.items():
+        found["detectable"][name] = {"difference": float(loss), "shown": shown(setting, loss, studies)}
     for margin in margins:
         needed = seeds_needed(true, margin)
         each = {"margin": margin, "seeds": needed, "half width": None, "with one less": None}
@@ -350,8 +358,8 @@ def main(argv=None):
     studies = 200 if options.quick else STUDIES
     found = {"device": device_name("cpu"), "date": date.today().isoformat(), "studies": studies}
     found |= {"resamples": RESAMPLES, "hidden": {"spread": SPREAD, **SHARES}, "settings": {}, "power": {}}
-    for setting in settings():
-        each = coverage(setting, studies)
+    for number, setting in enumerate(settings(), start=10):  # other random numbers for each
+        each = coverage(setting, studies, seed=number)
         say(f"{setting.name}: " + ", ".join(f"{name} {100 * x:.1f}" for name, x in each["covered"].items()))
         found["settings"][setting.name] = each | {"setting": asdict(setting), "estimate": asdict(each["estimate"])}
         if setting.name in ("3 seeds", "5 seeds", "demo, 3 seeds"):
