@@ -37,7 +37,7 @@ from pipeline.conclusions import base_of, compare_rows, estimate, in_order, inte
 from pipeline.console import show_any_character
 from pipeline.errors import InputError, RunError
 from pipeline.lock import only_writer
-from pipeline.markdown import as_markdown, markdown_table, p_value, points, signed
+from pipeline.markdown import as_markdown, markdown_table, p_value, paragraph, points, signed
 from pipeline.metrics import METRICS
 from pipeline.run_folder import writing
 from pipeline.statistics import mcnemar
@@ -110,7 +110,9 @@ def cells(table, measured):
     methods = table.to_dict("records")
     lines = [["method", *table["method"]], ["base model", *table["base_model"]]]
     seeds = [each["seeds"] + (f" (n = {each['runs']})" if each["runs"] > 1 else "") for each in methods]
-    lines += [["seeds", *(text if each["trainable_parameters"] else "-" for text, each in zip(seeds, methods, strict=True))]]
+    lines += [
+        ["seeds", *(text if each["trainable_parameters"] else "-" for text, each in zip(seeds, methods, strict=True))]
+    ]
     of_interval = "f1" if measured.split == "validation" else f"{measured.split}_f1"
     for name, (title, form) in FIGURES.items():
         if name not in table:
@@ -161,7 +163,7 @@ def report(rows, measured, table, pairs, margin):
     """The text of comparison.md. pairs: the results of `compare_rows`."""
     lines = [TITLE, "", measured.sentence, ""]
     for pair in pairs:
-        lines += [as_markdown(conclusion(pair, rows, margin)), ""]
+        lines += [paragraph(conclusion(pair, rows, margin)), ""]
     lines += [notes(pairs), ""]
     lines += ["![F1 by epoch, against cost and by kind of question](comparison.png)", ""]
     lines += [*markdown_table(cells(table, measured)), remarks(rows, table), ""]
@@ -186,8 +188,8 @@ def report(rows, measured, table, pairs, margin):
 
 
 def conclusion(pair, rows, margin):
-    """What a pair shows, in one paragraph."""
-    return " ".join(sentences(pair, base_of(rows, pair.ours, pair.theirs), margin))
+    """What a pair shows, as a list of sentences."""
+    return sentences(pair, base_of(rows, pair.ours, pair.theirs), margin)
 
 
 def remarks(rows, table):
@@ -284,7 +286,7 @@ def compare(given, out, margin=None):
             markdown.write_text(report(rows, measured, table, pairs, margin), encoding="utf-8")
     head, *body = cells(table, measured)
     print(pd.DataFrame([line[1:] for line in body], [line[0] for line in body], head[1:]).to_string())
-    print("", measured.sentence, *(conclusion(pair, rows, margin) for pair in pairs), notes(pairs), sep="\n")
+    print("", measured.sentence, *(" ".join(conclusion(pair, rows, margin)) for pair in pairs), notes(pairs), sep="\n")
     print(f"written to {out}: comparison.md, .csv, .png")
 
 

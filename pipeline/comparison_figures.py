@@ -4,6 +4,7 @@ Each method has one colour and one marker in all of them. Legends are beside the
 is imported when a picture is drawn.
 """
 
+import math
 from itertools import pairwise
 
 from pipeline.conclusions import estimate
@@ -50,7 +51,8 @@ def draw_comparison(path, rows, measured):
             by_cost.plot([x, x], [result.low, result.high], **line)
             by_cost.plot(x, result.mean, linestyle="none", markersize=9, label=row.label, **point)
         else:  # an untrained model has no place on a logarithmic axis
-            by_cost.axhline(result.mean, linestyle="--", color=point["color"], label=row.label)
+            by_cost.axhline(result.mean, linestyle="--", color=point["color"])
+            by_cost.plot([], [], linestyle="--", label=row.label, **point)
         scores = row.scores(measured.split)
         for place, kind in enumerate(kinds.index):
             chosen = (examples["question_type"] == kind).to_numpy()
@@ -96,7 +98,7 @@ def draw_rates(path, methods, seed):
             axes.plot(rate, 0, "x", color=style(number)["color"], markersize=10, clip_on=False)
     if any(None in tried.values() for _, _, tried, _ in methods):
         axes.set_xlabel("learning rate (x: the run diverged)")
-    _rate_ticks(axes, sorted({rate for _, _, tried, _ in methods for rate in tried}))
+    _rate_ticks(axes, [rate for _, _, tried, _ in methods for rate in tried])
     _save(figure, path)
 
 
@@ -158,7 +160,7 @@ def draw_parameters(path, title, methods, base):
             best = result.mean
             shown.append((parameters, result.mean))
     if len(shown) > 1:
-        axes.plot(*zip(*shown, strict=True), color="#999999", linewidth=1.5, label="frontier", zorder=1)
+        axes.plot(*zip(*shown, strict=True), drawstyle="steps-post", color="#999999", label="frontier", zorder=1)
     for place, (label, number, parameters, result) in enumerate(methods):
         x = parameters * 1.06 ** sum(other[2] == parameters for other in methods[:place])  # side by side
         _points(axes, [x], [result], label, number, join=False)
@@ -213,11 +215,13 @@ def _parameters_axis(axes, parameters, formatter, no_labels):
     axes.xaxis.set_minor_formatter(no_labels())  # within one decade it would label every tick
 
 
-def _rate_ticks(axes, rates):
-    """Label the rates that were tried, those apart that do not touch each other."""
+def _rate_ticks(axes, tried):
+    """Label those of the rates that do not touch each other, first the ones that most methods tried."""
+    rates = sorted(set(tried), key=lambda rate: (-tried.count(rate), rate))
+    apart = 0.08 * math.log(max(rates) / min(rates))
     labelled = []
     for rate in rates:
-        if not labelled or rate >= labelled[-1] * (rates[-1] / rates[0]) ** 0.09:
+        if all(abs(math.log(rate / other)) >= apart for other in labelled):
             labelled.append(rate)
     axes.set_xticks(labelled, [f"{rate:.2g}" for rate in labelled])
     axes.minorticks_off()

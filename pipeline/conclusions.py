@@ -112,7 +112,10 @@ def _cost(pair):
         ]
     most = f"{ours} costs at most {points(pair.at_most)} F1 of {theirs}'s {points(their_f1)} (95 %, {result.covers})."
     if pair.shown:
-        return [most, f"It is worse by {points(-result.mean)} F1 ({_interval(result)}; {_p(pair)})."]
+        return [
+            most,
+            f"It is worse by {points(-result.mean)} F1 (95 % interval {points(-result.high)} to {points(-result.low)}; {_p(pair)}).",
+        ]
     return [most, f"The difference of {signed(result.mean)} F1 is within noise ({_interval(result)}; {_p(pair)})."]
 
 
@@ -199,7 +202,9 @@ def _of_one_seed(pair):
 
 def notes(pairs):
     """How to read the intervals and p values of these Pairs."""
-    said = ["The 95 % intervals are for other tweets and, with several seeds of each method, other seeds."]
+    said = [
+        "The 95 % intervals cover which tweets were asked and, with several seeds of each method, which were drawn."
+    ]
     if len(pairs) > 1:
         said += [
             f"The p values are adjusted for the {len(pairs)} pairs of this report (Holm), the intervals are not."

@@ -46,3 +46,9 @@ def in_words(names):
     """ "a, b and c"."""
     *others, last = map(str, names)
     return f"{', '.join(others)} and {last}" if others else last
+
+
+def paragraph(sentences):
+    """Sentences as a paragraph of Markdown, the first one in bold."""
+    first, *others = map(as_markdown, sentences)
+    return " ".join([f"**{first}**", *others])
