@@ -114,7 +114,7 @@ def _cost(pair):
     if pair.shown:
         return [
             most,
-            f"It is worse by {points(-result.mean)} F1 (95 % interval {points(-result.high)} to {points(-result.low)}; {_p(pair)}).",
+            f"It is worse by {points(-result.mean)} F1 ({_interval(result, loss=True)}; {_p(pair)}).",
         ]
     return [most, f"The difference of {signed(result.mean)} F1 is within noise ({_interval(result)}; {_p(pair)})."]
 
@@ -140,10 +140,10 @@ def _kept(pair, base):
     gain = difference(*given, pair.measured.tweets, True, False)
     if gain.mean <= 0 or gain.p >= LEVEL:
         said = f"{pair.theirs.label} is not shown to be better than the untrained model ({points(start)} F1)"
-        return f"How much of training's gain it keeps cannot be said: {said}."
+        return f"How much of training's gain is kept cannot be said: {said}."
     what = f"of the {points(theirs - start)} F1 that training gained over the untrained model"
     share = (ours - start) / (theirs - start)
-    return f"It keeps {percent(share) if share > 0 else 'none'} {what}."
+    return f"{pair.ours.label} keeps {percent(share) if share > 0 else 'none'} {what}."
 
 
 def _savings(pair):
@@ -174,12 +174,11 @@ def _of_margin(pair, margin):
         return [f"The cost is more than the margin of {margin:g} F1."]
     if (margin is None and pair.shown) or not result.standard_error:
         return []
-    smallest = detectable(result, POWER)
-    power = f"with {POWER:.0%} power".replace("%", " %")
+    smallest = points(detectable(result, POWER))
+    power = f"With these rows and seeds, a true difference of {smallest} F1 is shown in {percent(POWER)} of studies."
     if margin is None:
-        return [f"Such a comparison shows a difference of {points(smallest)} F1 {power}."]
-    said = [f"Whether the cost is within the margin of {margin:g} F1 is not shown."]
-    said += [f"Such a comparison shows a difference of {points(smallest)} F1 {power}."]
+        return [power]
+    said = [f"Whether the cost is within the margin of {margin:g} F1 is not shown.", power]
     if not result.covers_seeds:
         return said
     needed = seeds_needed(result, margin, POWER)
@@ -218,8 +217,9 @@ def interval_text(result):
     return f"{points(result.low)} to {points(result.high)}"
 
 
-def _interval(result):
-    return f"95 % interval {interval_text(result)}"
+def _interval(result, loss=False):
+    bounds = f"{points(-result.high)} to {points(-result.low)}" if loss else interval_text(result)
+    return f"95 % interval {bounds}"
 
 
 def _p(pair):

@@ -399,7 +399,7 @@ def draw(plan, entries, groups):
         return drawn
     main = max(groups, key=lambda group: max(map(_train_rows, group.entries)))
     most = max(map(_train_rows, main.entries))  # a learning curve has a picture of its own
-    largest = [entry for entry in main.entries if _train_rows(entry) == most]
+    largest = [entry for entry in main.entries if _train_rows(entry) in (0, most)]
     of = f" (trained on {most:,} rows)" if len(largest) < sum(len(group.entries) for group in groups) else ""
     curves = [(entry.label, entry.number, [_minutes(run) for run in entry.row.runs]) for entry in largest]
     picture("study_minutes.png", f"Validation F1 while training{of}", draw_minutes, curves)
@@ -438,6 +438,7 @@ def _base_estimate(group):
 
 
 def _train_rows(entry):
+    """How many rows a method was trained on; 0 if an older version did not record it."""
     return entry.row.first.get("train_rows") or 0
 
 
