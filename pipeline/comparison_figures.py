@@ -26,6 +26,11 @@ def style(number):
     }
 
 
+def line_style(number):
+    """The same for a method that is drawn as a line: methods that share a colour differ in the dashes too."""
+    return style(number) | {"linestyle": ["-", "--", ":"][number // len(COLOURS) % 3]}
+
+
 # ------------------------------------------------------------------------------------------------------ comparison
 
 
@@ -90,7 +95,7 @@ def draw_rates(path, methods, seed):
     for label, number, tried, best in methods:
         rates = sorted(rate for rate, f1 in tried.items() if f1 is not None)
         told = f"{label}: best {best:g}" if best is not None else label
-        axes.plot(rates, [tried[rate] for rate in rates], label=told, linewidth=1.8, markersize=6, **style(number))
+        axes.plot(rates, [tried[rate] for rate in rates], label=told, linewidth=1.8, markersize=6, **line_style(number))
         if best is not None:
             ring = {"markersize": 15, "markerfacecolor": "none", "markeredgewidth": 2, "linestyle": "none"}
             axes.plot(best, tried[best], "o", color=style(number)["color"], **ring)
@@ -120,7 +125,7 @@ def draw_axis(path, axis, title, lines, others, base):
     nearest = min((after / before for before, after in pairwise(values)), default=2) if logarithmic else 2
     apart = min((after - before for before, after in pairwise(sorted(places.values()))), default=1)
     for place, (label, number, found) in enumerate(lines):
-        shift = 0.16 * (place - (len(lines) - 1) / 2) / max(1, len(lines) - 1)
+        shift = 0.08 * (place - (len(lines) - 1) / 2) / max(1, len(lines) - 1)
         known = [value for value in values if value in found]
         x = [places[value] * nearest**shift if logarithmic else places[value] + apart * shift for value in known]
         _points(axes, x, [found[value] for value in known], label, number, join=True)
@@ -143,7 +148,7 @@ def draw_minutes(path, methods):
         for place, (minutes, f1) in enumerate(runs):
             known = {"label": label} if place == 0 else {}
             alpha = 0.9 if len(runs) == 1 else 0.6
-            axes.plot(minutes, f1, linewidth=1.5, markersize=5, alpha=alpha, **known, **style(number))
+            axes.plot(minutes, f1, linewidth=1.5, markersize=5, alpha=alpha, **known, **line_style(number))
     axes.set_xlim(left=0)
     _save(figure, path)
 
@@ -197,8 +202,8 @@ def _points(axes, x, results, label, number, join):
     colour = style(number)["color"]
     for place, result in zip(x, results, strict=True):
         axes.plot([place, place], [result.low, result.high], color=colour, linewidth=2.5, alpha=0.5)
-    line = {"linestyle": "-" if join else "none", "linewidth": 1.5, "markersize": 8}
-    axes.plot(x, [result.mean for result in results], label=label, **line, **style(number))
+    line = line_style(number) if join else style(number) | {"linestyle": "none"}
+    axes.plot(x, [result.mean for result in results], label=label, linewidth=1.5, markersize=8, **line)
 
 
 def _base_line(axes, base):

@@ -201,9 +201,7 @@ def _of_one_seed(pair):
 
 def notes(pairs):
     """How to read the intervals and p values of these Pairs."""
-    said = [
-        "The 95 % intervals cover which tweets were asked and, with several seeds of each method, which were drawn."
-    ]
+    said = ["The 95 % intervals cover which tweets were asked and, where each method has several seeds, other seeds."]
     if len(pairs) > 1:
         said += [
             f"The p values are adjusted for the {len(pairs)} pairs of this report (Holm), the intervals are not."

@@ -54,6 +54,10 @@ class Group:
     measured: Measured
     references: dict  # {label: the Entry that the method of this label is compared with}
 
+    def compared_with(self, reference):
+        """The Entries that are compared with this one."""
+        return [entry for entry in self.entries if self.references.get(entry.label) is reference]
+
 
 def write(plan, now, f1):
     """Write study.md and the pictures to the study's folder, of the runs that have ended. Returns the file names.
@@ -193,7 +197,8 @@ def state(plan, now, f1, entries):
         said = f"**This study is not finished**: {len(ended)} of {now.expected} runs have ended"
         lines += [f"{said}; {as_markdown('; '.join(few))}." if few else f"{said}.", ""]
     if diverged:
-        lines += [f"Diverged: {as_markdown('; '.join(diverged))}.", ""]
+        few = "; ".join(diverged) if len(diverged) <= MOST_PAIRS else f"{len(diverged)} runs, see study.csv"
+        lines += [f"Diverged: {as_markdown(few)}.", ""]
     lost = [
         entry.label for entry in entries if entry.tuning.rates and not entry.tuning.missing and not entry.tuning.chosen
     ]
@@ -214,23 +219,23 @@ def answer(plan, group, pairs):
             text += f", the untrained model {points(estimate(base, group.measured).mean)}"
         lines += [as_markdown(f"{text[0].upper()}{text[1:]}."), ""]
     own = [entry for entry in group.entries if entry.label in pairs]
-    told = own if len(own) <= MOST_PAIRS else _best_of_each(own)
+    told = own if len(own) <= MOST_PAIRS else _best_of_each(own, group.references)
     for entry in told:
         pair = pairs[entry.label]
         said = sentences(pair, base_of(group.bases, pair.ours, pair.theirs), plan.margin_f1)
         lines += [paragraph(said), ""]
     if len(told) < len(own):
-        lines += ["These are the best of each method by validation F1. The table has all.", ""]
+        lines += ["These are the best ones by validation F1. The table has all.", ""]
     return lines + best_table(group, pairs)
 
 
-def _best_of_each(entries):
-    """Of each name of the plan, the Entry with the best validation F1."""
+def _best_of_each(entries, references):
+    """Of each name of the plan, and each method that it is compared with, the Entry with the best validation F1."""
     best = {}
     for entry in entries:
-        name, f1 = entry.tuning.method.name, entry.row.mean("f1")
-        if name not in best or f1 > best[name].row.mean("f1"):
-            best[name] = entry
+        key, f1 = (entry.tuning.method.name, references[entry.label].label), entry.row.mean("f1")
+        if key not in best or f1 > best[key].row.mean("f1"):
+            best[key] = entry
     return list(best.values())
 
 
@@ -243,7 +248,10 @@ def best_table(group, pairs):
     head += ["validation F1 (chose the epoch and the rate)"] if group.measured.chose_nothing else []
     head += ["trained parameters", "checkpoint (MB)", "training (minutes)", "peak memory (MB)"]
     table = [head]
-    for row in [*group.bases, *(entry.row for entry in group.entries)]:
+    # Each method stands below the one that it is compared with.
+    references = [entry for entry in group.entries if entry.label not in group.references]
+    ordered = [other for entry in references for other in [entry, *group.compared_with(entry)]]
+    for row in [*group.bases, *(entry.row for entry in ordered)]:
         result, exact = estimate(row, group.measured), estimate(row, group.measured, "em")
         line = [
             row.label,
@@ -259,9 +267,9 @@ def best_table(group, pairs):
         table.append(line)
     lines = markdown_table(table)
     if group.references:
-        names = dict.fromkeys(entry.label for entry in group.references.values())
-        several = " that shares the most settings" if len(names) > 1 else ""
-        lines += [f"The reference is {as_markdown(' or '.join(names))}{several}.", ""]
+        names = list(dict.fromkeys(entry.label for entry in group.references.values()))
+        several = ": of each method, the one that shares the most of its settings" if len(names) > 1 else ""
+        lines += [as_markdown(f"The reference is {' or '.join(names)}{several}."), ""]
     return lines
 
 
@@ -308,14 +316,23 @@ def rates(plan, entries, groups):
         for entry in tuned
         if entry.tuning.at_edge
     ]
+    said += _ratios(groups)
+    return lines + [f"- {as_markdown(text)}" for text in said] + [""] * bool(said)
+
+
+def _ratios(groups):
+    """How the best rates of the methods compare with those of their references, as sentences."""
+    told = {}
     for group in groups:
         for entry in group.entries:
             other = group.references.get(entry.label)
             if other and entry.tuning.best and other.tuning.best:
-                ratio = entry.tuning.best / other.tuning.best
-                told = "the same as" if ratio == 1 else f"{times(ratio)} times"
-                said.append(f"The best rate of {entry.label} is {told} that of {other.label}.")
-    return lines + [f"- {as_markdown(text)}" for text in said] + [""] * bool(said)
+                told.setdefault((other.label, entry.tuning.best / other.tuning.best), []).append(entry.label)
+    multiples = {ratio: "the same as" if ratio == 1 else f"{times(ratio)} times" for _, ratio in told}
+    return [
+        f"The best rate of {in_words(labels)} is {multiples[ratio]} that of {label}."
+        for (label, ratio), labels in told.items()
+    ]
 
 
 def smallest_rank(plan, groups, pairs):
@@ -341,7 +358,8 @@ def smallest_rank(plan, groups, pairs):
             text += f" The lowest cost that is shown is at most {points(least.at_most)} F1."
         lines += [f"- {as_markdown(text)}"]
     title = f"## The smallest rank within the margin of {plan.margin_f1:g} F1"
-    return [title, "", *lines, ""] if lines else []
+    text = "Each rank is judged by its own interval, which is not adjusted for the number of ranks."
+    return [title, "", *lines, "", text, ""] if lines else []
 
 
 def more_tries(entries):
