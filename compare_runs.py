@@ -272,6 +272,7 @@ def compare(given, out, margin=None):
     measured = rows_that_measure(runs)
     table = make_table(rows, measured)
     compared = [in_order(*pair) for pair in combinations(rows, 2)]
+    compared.sort(key=lambda pair: not pair[1].trained)  # what training gained comes last
     pairs = compare_rows(compared, [measured] * len(compared))
     with only_writer(out, "--out"):
         check_out(out)

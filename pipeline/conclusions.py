@@ -94,7 +94,7 @@ def sentences(pair, base=None, margin=None):
     base: the Row of the untrained model, if there is one. margin: a loss of up to so many points of F1 counts as none.
     """
     if not pair.theirs.trained:
-        return [_gain(pair), *_of_one_seed(pair)]
+        return [_gain(pair)]
     said = [*_cost(pair), *_of_one_seed(pair), *_of_margin(pair, margin), _kept(pair, base), _savings(pair)]
     return [_capital(text) for text in said if text]
 
@@ -112,10 +112,7 @@ def _cost(pair):
         ]
     most = f"{ours} costs at most {points(pair.at_most)} F1 of {theirs}'s {points(their_f1)} (95 %, {result.covers})."
     if pair.shown:
-        return [
-            most,
-            f"It is worse by {points(-result.mean)} F1 ({_interval(result, loss=True)}; {_p(pair)}).",
-        ]
+        return [most, f"It is worse by {points(-result.mean)} F1 ({_interval(result, loss=True)}; {_p(pair)})."]
     return [most, f"The difference of {signed(result.mean)} F1 is within noise ({_interval(result)}; {_p(pair)})."]
 
 
@@ -127,7 +124,8 @@ def _gain(pair):
     if not pair.shown:
         text = f"{ours}: the difference of {signed(result.mean)} F1 from {base} is within noise {inside}."
     else:
-        text = f"{ours} {'gains' if result.mean > 0 else 'loses'} {points(abs(result.mean))} F1 over {base} {inside}."
+        text = f"{ours} {'gains' if result.mean > 0 else 'loses'} {points(abs(result.mean))} F1"
+        text += f" {'over' if result.mean > 0 else 'against'} {base} {inside}."
     return _capital(text)
 
 
@@ -170,7 +168,7 @@ def _of_margin(pair, margin):
     result = pair.differences["f1"]
     if margin is not None and pair.at_most <= margin:
         return [f"The cost is within the margin of {margin:g} F1."] if not (pair.shown and result.mean > 0) else []
-    if margin is not None and -result.high > margin:
+    if margin is not None and pair.shown and -result.high > margin:
         return [f"The cost is more than the margin of {margin:g} F1."]
     if (margin is None and pair.shown) or not result.standard_error:
         return []
@@ -201,7 +199,10 @@ def _of_one_seed(pair):
 
 def notes(pairs):
     """How to read the intervals and p values of these Pairs."""
-    said = ["The 95 % intervals cover which tweets were asked and, where each method has several seeds, other seeds."]
+    said = [
+        "The 95 % intervals cover which tweets were asked and, where each method has several seeds, which seeds were"
+        " drawn. With one seed they cover tweets alone."
+    ]
     if len(pairs) > 1:
         said += [
             f"The p values are adjusted for the {len(pairs)} pairs of this report (Holm), the intervals are not."
