@@ -23,9 +23,8 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
-from pipeline import interrupts
+from pipeline import interrupts, study_report
 from pipeline.arguments import Parser, as_typed, at_least, build_parser
 from pipeline.console import show_any_character
 from pipeline.errors import InputError, RunError, one_line
@@ -345,23 +344,19 @@ def finish(plan, folders, failed, again):
 
 
 def report(plan, now, folders):
-    """Write the report of what is finished to the study's folder: study.csv."""
+    """Write the report of what is finished to the study's folder: study.csv, study.md and the pictures."""
     rows = [csv_row(plan, run, stage, folders) for run, stage in now.runs.values() if folders.f1(run) is not None]
     if not rows:
         return
-    path = plan.folder / "study.csv"
-    beside = path.with_name(f".tmp-{uuid4().hex}.csv")  # another study can write its own at the same moment
-    try:
-        with open(beside, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({one_line(error)})") from None
-    finally:
-        beside.unlink(missing_ok=True)
-    print(f"written: {path}, {len(rows)} runs")
+    with (
+        study_report.replacing(plan.folder / "study.csv") as beside,
+        open(beside, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    names = ["study.csv", *study_report.write(plan, now, folders.f1)]
+    print(f"written to {plan.folder}, {len(rows)} runs: {', '.join(names)}")
 
 
 def csv_row(plan, run, stage, folders):

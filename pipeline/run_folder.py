@@ -314,12 +314,34 @@ def read_run(folder):
         record["args"].pop("holdout_seed", None)  # it chose nothing
     epochs = _read_epochs(folder, record)
 
-    path = folder / "validation_predictions.csv"
-    measured = [metric for metric in EACH_EPOCH if record["final"][metric.name] is not None]
+    return record, epochs, _read_examples(folder / "validation_predictions.csv", record["final"])
+
+
+def read_scored(folder, record, split):
+    """The examples of a run's "holdout" or "test" rows, as `read_run` returns those of validation.
+
+    None if the run has no such rows, or no answers to compare with. Raises InputError if the file is damaged.
+    """
+    path = Path(folder, f"{split}_predictions.csv")
+    scores = (record.get("holdout") or {}).get("metrics") if split == "holdout" else record.get("test")
+    if not isinstance(scores, dict) or not path.exists():
+        return None
+    where = "test" if split == "test" else "holdout.metrics"
+    for metric in EACH_EPOCH:
+        value = scores.get(metric.name)
+        if not _is_number(value) and (value is not None or metric.name == "f1"):
+            must = f"must be a number, not {json.dumps(value):.80}"
+            raise InputError(f"{Path(folder, 'run.json')}: {where}.{metric.name} {must}")
+    return _read_examples(path, scores)
+
+
+def _read_examples(path, means):
+    """A file of predictions, checked against the means of its metrics (null: not measured) in run.json."""
+    measured = [metric for metric in EACH_EPOCH if means.get(metric.name) is not None]
     examples = _read_table(path, EXAMPLE_COLUMNS + [metric.column for metric in measured])
     examples["references"] = [_parse_references(path, *entry) for entry in enumerate(examples["references"], start=1)]
     for metric in EACH_EPOCH:
-        mean = record["final"][metric.name]
+        mean = means.get(metric.name)
         if mean is None:
             examples[metric.column] = math.nan
             continue
@@ -327,7 +349,7 @@ def read_run(folder):
         if not math.isclose(examples[metric.column].mean(), mean, abs_tol=1e-6):
             found = f"the mean {metric.column} of its {len(examples)} rows is {examples[metric.column].mean():.4f}"
             raise InputError(f"{path} is truncated or was changed: {found}, but run.json says {mean:.4f}")
-    return record, epochs, examples
+    return examples
 
 
 def _read_epochs(folder, record):
@@ -351,9 +373,6 @@ def _check_record(folder, record):
     """Raise InputError unless run.json is that of a finished training run, or of the scoring of an untrained model, and
     has every field that is read of it."""
 
-    def is_number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
     record["scoring"] = record.get("eval_only") or {**record["args"], "content": record.get("content", {})}
     untrained = record["method"] == "base"
     if isinstance(record["args"], dict) and record["args"].get("eval_only") and not untrained:
@@ -364,9 +383,13 @@ def _check_record(folder, record):
     held_out = ["holdout.metrics.f1"] if record.get("holdout") else []
     for names, wanted, is_right in (
         (TEXTS, "text", lambda value: isinstance(value, str)),
-        (COUNTS + ([] if untrained else OF_TRAINING), "a number above 0", lambda value: is_number(value) and value > 0),
-        (NUMBERS + held_out, "a number", is_number),
-        (NUMBERS_OR_NULL, "a number or null", lambda value: value is None or is_number(value)),
+        (
+            COUNTS + ([] if untrained else OF_TRAINING),
+            "a number above 0",
+            lambda value: _is_number(value) and value > 0,
+        ),
+        (NUMBERS + held_out, "a number", _is_number),
+        (NUMBERS_OR_NULL, "a number or null", lambda value: value is None or _is_number(value)),
     ):
         for name in names:
             value = record
@@ -378,6 +401,10 @@ def _check_record(folder, record):
     if record["method"] not in ("full", "lora", "base"):
         raise InputError(f"{folder / 'run.json'}: method must be full, lora or base, not {record['method']!r:.80}")
     record["final"] = {metric.name: record["final"].get(metric.name) for metric in METRICS}  # null if missing
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_table(path, columns, optional=()):

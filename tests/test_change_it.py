@@ -142,7 +142,7 @@ def test_another_metric(changed):
         cells.append(f"{100 * mean:.1f}")
     assert cells != ["0.0", "0.0"]
     report = (changed / "comparison" / "comparison.md").read_text()
-    assert f"| word precision | {cells[0]} | {cells[1]} |" in report  # the table of both runs
+    assert f"| validation word precision | {cells[0]} | {cells[1]} |" in report  # the table of both runs
     assert re.search(r"^\| word precision \| .* to .* \|$", report, flags=re.MULTILINE)  # the difference's interval
     assert "precision" in pd.read_csv(changed / "comparison" / "comparison.csv")
 

@@ -131,7 +131,7 @@ def test_a_comparison_shows_it_as_a_row(place, whole, tmp_path, capsys, first):
     assert row[names].isna().all() and table.drop("untrained model")[names].notna().all(axis=None)
     assert row["f1"] == pytest.approx(100 * record["final"]["f1"])
     said = capsys.readouterr().out
-    assert "not measured" in said and "without any training" in said and "nan" not in said
+    assert "not measured" in said and "the untrained model's" in said and "nan" not in said
     report = (tmp_path / "out" / "comparison.md").read_text()
     arguments_told = re.findall(r"^\| --(\w+) \|", report.split("## The runs")[1], flags=re.MULTILINE)
     assert "lr" in arguments_told and not {"epochs", "eval_beams", "weight_decay"} & set(arguments_told)
