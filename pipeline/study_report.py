@@ -186,7 +186,14 @@ def state(plan, now, f1, entries):
     """How many runs there are, and what is missing."""
     ended = [run for run, _ in now.runs.values() if f1(run) is not None]
     diverged = [run.title for run in ended if f1(run) == DIVERGED]
-    lines = []
+    stages = [stage for run, stage in now.runs.values() if f1(run) is not None]
+    counts = {
+        "base": "of the untrained model",
+        "tuning": "at rates that were not chosen",
+        "chosen": "at the best rates",
+    }
+    told = ", ".join(f"{stages.count(stage)} {what}" for stage, what in counts.items() if stage in stages)
+    lines = [f"{len(ended)} runs{f' ({told})' if told else ''}, with seeds {in_words(plan.seeds)}.", ""]
     if len(ended) < now.expected:
         waiting = [
             entry.label for entry in entries if not entry.tuning.chosen and (entry.tuning.missing or not entry.tried)
@@ -388,7 +395,7 @@ def how_it_was_made(plan, groups):
     devices, commits = (
         in_words(dict.fromkeys(str(run.get(name) or "unknown") for run in runs)) for name in ("device", "git_commit")
     )
-    text = f"Devices: {devices}. Commits: {commits}. Seeds: {in_words(plan.seeds)}. Margin: {plan.margin_f1:g} F1."
+    text = f"Devices: {devices}. Commits: {commits}. Margin: {plan.margin_f1:g} F1."
     more = "Metrics are out of 100, 1 MB is 2^20 bytes. All runs are in study.csv."
     if len({run["device"] for run in runs}) > 1:
         more += " Times and memory of different devices cannot be compared."

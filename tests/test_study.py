@@ -109,7 +109,7 @@ def test_a_study_goes_through_its_stages_and_then_makes_only_what_is_new(tmp_pat
     before = contents(folder)
     code, said, _ = run(path)
     assert code == 0 and "0 left" in said and contents(folder) == before  # nothing twice
-    assert "costs at most" in (folder / "study.md").read_text() and {"study.md", "study_rates.png"} < before.keys()
+    assert "## The answer" in (folder / "study.md").read_text() and {"study.md", "study_rates.png"} < before.keys()
     assert run(path, "--list")[1] == ""
 
     path = plan_at(FULL_METHOD + LORA_METHOD, seeds=[0, 1])

@@ -115,7 +115,9 @@ def test_the_answer_agrees_with_the_statistics_and_the_table(study):
     assert f"LoRA (lora_r 4) keeps {100 * (lora - base) / (full - base):.0f} % of the {full - base:.1f} F1" in text
     assert "Measured on 40 held-out rows (20 tweets), which chose neither the epoch nor the learning rate." in text
     assert table["untrained model"][:3] == ["-", "-", points(base)]
-    assert "not finished" not in text
+    assert "not finished" not in text and text.startswith(
+        "# Study: plan.toml\n\n16 runs (1 of the untrained model, 6 at "
+    )
 
 
 BEST_FULL, BEST_4, BEST_16 = "full-fine-tuning/lr=0.001", "lora,lora_r=4/lr=0.003", "lora,lora_r=16/lr=0.003"
