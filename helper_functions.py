@@ -35,6 +35,7 @@ from transformers import DataCollatorForSeq2Seq, DynamicCache, EncoderDecoderCac
 from pipeline import interrupts
 from pipeline.data import load_tweet_qa
 from pipeline.errors import InputError, RunError
+from pipeline.fast_cpu import shares_keys
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 from pipeline.leaderboard import leaderboard_scores
 from pipeline.metrics import METRICS
@@ -42,7 +43,7 @@ from pipeline.t5 import LABEL_PAD, SearchCache, encoder_output, load_model_and_t
 from pipeline.text import check_counts, normalize_answer, paired_texts, question_type, reference_list, tweet_features
 
 # The public names, those of pipeline/ included.
-__all__ = ["InputError", "LABEL_PAD", "LengthGroupedSampler", "PROMPT", "RunError", "TweetQADataset", "answer"]
+__all__ = ["EpochSampler", "InputError", "LABEL_PAD", "PROMPT", "RunError", "TweetQADataset", "answer"]
 __all__ += ["build_collate_fn", "build_prompt", "evaluate", "exact_match", "leaderboard_scores", "load_sem_model"]
 __all__ += ["load_model_and_tokenizer", "load_tweet_qa", "normalize_answer", "predict", "question_type"]
 __all__ += ["quiet_libraries", "semantic_similarity", "token_f1", "tweet_features"]
@@ -145,49 +146,24 @@ def _tokenize_targets(tokenizer, max_length, texts):
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-class LengthGroupedSampler(torch.utils.data.Sampler):
-    """A random order of a `TweetQADataset` in which a batch has examples of similar length and needs little padding.
+class EpochSampler(torch.utils.data.Sampler):
+    """A random order of `count` examples that depends only on the seed and on the epoch that `set_epoch` sets.
 
-    The examples are shuffled, then cut into windows of `WINDOW` batches, or of a tenth of all batches if that is less.
-    A window is sorted by the length of the prompt. Each strip of `STRIP` batches of it (at most a third) is then sorted
-    by the length of the target, and the window's batches are shuffled.
-
-    data: a TweetQADataset with labels. batch_size: of the loader. seed: the order depends only on it and on the epoch
-    that `set_epoch` sets. Every example comes exactly once; an incomplete batch comes last.
+    Batches of examples with similar lengths would need less padding, but they cost F1: about 1 point on the demo's 960
+    rows, with both methods.
     """
 
-    # On TweetQA with batches of 8, 3 % of the prompts' tokens and 11 % of the targets' are padding; in a random order
-    # 21 % and 45 % are. A window has a thousand examples then, so a batch is a random draw among similar lengths.
-    WINDOW, STRIP = 200, 12
-
-    def __init__(self, data, batch_size, seed=0):
-        self.data, self.batch_size, self.seed, self.epoch = data, batch_size, seed, 0
+    def __init__(self, count, seed=0):
+        self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.data)
+        return self.count
 
     def __iter__(self):
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(len(self.data)), len(self.data))
-        rest = order[len(order) - len(order) % self.batch_size :]
-        order = order[: len(order) - len(rest)]
-        # With larger windows the examples of a batch are more alike, and so are the batches of different epochs. With
-        # windows of a quarter of its few rows the demo's T5 learned worse than in a random order; of a tenth, as well.
-        batches_a_window = max(1, min(self.WINDOW, len(order) // (10 * self.batch_size)))
-        batches_a_strip = max(1, min(self.STRIP, batches_a_window // 3))
-        for window in chunks(order, batches_a_window * self.batch_size):
-            window.sort(key=lambda index: len(self.data.input_ids[index]))
-            batches = []
-            for strip in chunks(window, batches_a_strip * self.batch_size):
-                strip.sort(key=lambda index: len(self.data.labels[index]))
-                batches += chunks(strip, self.batch_size)
-            rng.shuffle(batches)
-            for batch in batches:
-                yield from batch
-        yield from rest
+        return iter(random.Random(f"{self.seed} {self.epoch}").sample(range(self.count), self.count))
 
 
 def chunks(items, size):
@@ -227,7 +203,8 @@ def make_loaders(rows, tokenizer, args, accelerator):
 
     rows: {role: rows}. args: the command line. accelerator: the run's, whose processes share the rows.
     """
-    collate = build_collate_fn(tokenizer, pad_to_multiple_of=8 if accelerator.device.type == "cuda" else None)
+    # A GPU multiplies such lengths fastest; oneDNN on a CPU compiles and keeps a kernel for each size that it meets.
+    collate = build_collate_fn(tokenizer, pad_to_multiple_of=8)
     process = {"process": accelerator.process_index, "processes": accelerator.num_processes}
     loaders = {}
     for role, role_rows in rows.items():
@@ -240,13 +217,12 @@ def make_loaders(rows, tokenizer, args, accelerator):
     return loaders
 
 
-def train_loader(data, batch_size, collate, seed, processes=1):
-    """A DataLoader of the training rows, whose order depends on the seed and the epoch alone.
+def train_loader(data, batch_size, collate, seed):
+    """A DataLoader of the training rows in random order, which depends on the seed and the epoch alone.
 
-    processes: how many processes share its batches, in turn. The batches of a step have similar lengths, and together
-    the examples of one batch of that many times the size in one process.
+    batch_size: of one process; several processes share the batches, in turn.
     """
-    return build_loader(data, batch_size, collate, LengthGroupedSampler(data, batch_size * processes, seed))
+    return build_loader(data, batch_size, collate, EpochSampler(len(data), seed))
 
 
 def eval_loader(data, batch_size, collate, process=0, processes=1):
@@ -286,7 +262,7 @@ def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cros
     if cross is None:
         cross = DynamicCache()
         token_log_probs(model, encoded, mask, mask.new_full((len(mask), 1), LABEL_PAD), cross)
-    if beams > 1:
+    if beams > 1 and not shares_keys(model, encoded):
         cross = copy.deepcopy(cross)
         cross.batch_repeat_interleave(beams)
     token_ids = search(

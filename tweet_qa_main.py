@@ -29,6 +29,7 @@ import pipeline  # noqa: F401, I001 (before the libraries, which look for the ho
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -48,15 +49,14 @@ from pipeline import checkpoint, devices, figures, interrupts, lock, memory, pub
 from pipeline.arguments import build_parser, with_defaults
 from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
-from pipeline.fast_cpu import keep_memory, use_fast_dropout
+from pipeline.fast_cpu import keep_memory, use_fast_training
 from pipeline.leaderboard import with_leaderboard_scores
 from pipeline.metrics import metrics_line
+from pipeline.optimizers import build_optimizer, step_if_finite
 from pipeline.resume import LoopState
-from pipeline.step_plan import StepPlan
-from pipeline.t5 import use_gradient_checkpointing
+from pipeline.step_plan import plan_steps
+from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
 
-WEIGHT_DECAY = 0.01  # of matrices only: norms have one-dimensional weights, and pulling those to zero hurts
-WARMUP = 0.06  # share of all steps in which the learning rate rises; without it T5 is unstable in the first steps
 MAX_GRAD_NORM = 1.0  # gradients are clipped to it: a rare large one would undo many steps
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
 
@@ -76,6 +76,7 @@ def run_from_command_line(parser, argv=None, wrap=None):
     try:
         if args.eval_only:
             args = resume.with_the_runs_scoring(parser, argv, args)
+        args = resume.with_the_runs_holdout(args)
         with interrupts.handled():
             for args in resume.seed_runs(args, method) if args.seeds else [args]:  # noqa: B020 (messages name the last)
                 run(args, wrap)
@@ -126,10 +127,11 @@ def run(args, wrap=None):
     if args.push_to_hub is not None:
         publish.check_can_push(args.push_to_hub)
     # Of several processes the first one holds the lock for all. A folder that must exist already is not created.
-    there = Path(args.save_dir).is_dir() or not (args.eval_only or args.resume)
+    must_be_there = args.resume or (args.eval_only and (wrap or not args.model_name))
+    there = Path(args.save_dir).is_dir() or not must_be_there
     with lock.only_writer(args.save_dir) if there and devices.is_first_process() else nullcontext():
         if args.eval_only:
-            evaluate_only(args)
+            evaluate_only(args, wrap)
         else:
             train_and_evaluate(args, wrap, started)
 
@@ -143,19 +145,15 @@ def train_and_evaluate(args, wrap, started):
     setup, model, note = set_up(args, lambda args: fresh_model(args, wrap))
     args, accelerator = setup.args, setup.accelerator
     start = run_folder.describe_run(setup, method, model, PROMPT)
-    start["identity"] = resume.identity(setup)
+    start |= {"identity": resume.identity(setup), "train_rows": len(setup.loaders["train"].dataset)}
     if former:
         start |= resume.same_start(folder, former, start)
     if saved:
         started -= saved.state.wall_seconds
         if saved.state.best_epoch:
             checkpoint.load_checkpoint(folder, args.model_name, cached=True)  # raises InputError if it is damaged
+    plan = plan_steps(args, start["train_rows"], accelerator.num_processes, saved.state.batch_size if saved else None)
     describe(setup, start, args.model_name, note)
-
-    batch_size = saved.state.batch_size if saved else args.batch_size
-    effective = args.batch_size * args.grad_accum_steps
-    rows, processes = len(setup.loaders["train"].dataset), accelerator.num_processes
-    plan = StepPlan(rows, args.epochs, processes, batch_size, accumulation=effective // batch_size)
     while True:
         try:
             training = train(setup, model, plan, start=start, started=started, saved=saved)
@@ -200,31 +198,48 @@ def train_and_evaluate(args, wrap, started):
     publish.upload(setup)
 
 
-def evaluate_only(args):
-    """Score the checkpoint in --save_dir, of a run or of another origin, and write the results there."""
+def evaluate_only(args, wrap):
+    """Score the checkpoint in --save_dir, of a run or of another origin, and write the results there.
+
+    If there is none, score --model_name as it is, in a new folder: the run of method "base", to compare others with.
+    """
     folder = Path(args.save_dir)
-    checkpoint.check_has_checkpoint(folder)
     former = run_folder.read_run_json(folder)
+    untrained = resume.scores_untrained(args, former, "lora" if wrap else "full")
+    if not untrained:
+        checkpoint.check_has_checkpoint(folder)
     if former and former["prompt"] != PROMPT:
-        raise InputError(f"--save_dir {folder} was trained with another prompt, {former['prompt']!r}: restore PROMPT")
-    base_dtype = getattr(args, "base_dtype", "fp32")
-    setup, model, note = set_up(
-        args, lambda args: (*checkpoint.load_checkpoint(folder, args.model_name, base_dtype=base_dtype), None)
-    )
+        made = "scored" if untrained else "trained"
+        raise InputError(f"--save_dir {folder} was {made} with another prompt, {former['prompt']!r}: restore PROMPT")
+
+    def load(args):
+        if untrained:
+            return fresh_model(args, wrap=None)
+        base_dtype = getattr(args, "base_dtype", "fp32")
+        return *checkpoint.load_checkpoint(folder, args.model_name, base_dtype=base_dtype), None
+
+    setup, model, note = set_up(args, load)
     args = setup.args
-    if args.holdout and former:
-        resume.check_were_held_out(args, setup.held_out, former)
-    if former:
+    if untrained:
+        record = run_folder.describe_run(setup, "base", model, PROMPT)
+        resume.check_same_model(args, former, record)
+    elif former:
         record = former
+        if args.holdout:
+            resume.check_were_held_out(args, setup.held_out, former)
     else:  # a checkpoint of another origin: there is no run to resume
         start = run_folder.describe_run(setup, "lora" if hasattr(model, "peft_config") else "full", model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
-    describe(setup, record, folder, note)
-    results = final_evaluation(setup, model, record["best_epoch"])
-    if setup.accelerator.is_main_process:
+    describe(setup, record, args.model_name if untrained else folder, note)
+    main_process = setup.accelerator.is_main_process
+    if untrained and main_process and not former:
+        run_folder.begin(folder, run_folder.run_record(record))
+    results = final_evaluation(setup, model, record.get("best_epoch"))
+    if main_process:
         # "args" stays as the checkpoint was trained; "eval_only" is what the new results were computed with.
-        scoring = vars(args) | {"content": setup.content}
-        record = run_folder.run_record(record, results=results, end={"eval_only": scoring})
+        end = {"eval_only": vars(args) | {"content": setup.content}}
+        end |= {"finished": True, "checkpoint_bytes": 0} if untrained else {}
+        record = run_folder.run_record(record, results=results, end=end)
         with interrupts.deferred():
             if args.push_to_hub and record["best_epoch"]:
                 publish.write_model_card(folder, record)
@@ -280,6 +295,8 @@ class Prepared:
     optimizer: object
     schedule: object
     hollow: torch.nn.Module | None  # of a sharded model: a copy that gets its weights for each evaluation
+    max_steps: int | None = None  # optimizer steps of the whole run, if they are fewer than those of its epochs
+    label_smoothing: float = 0.0  # share of a target's probability that all tokens of the vocabulary get
 
 
 def train(setup, model, plan, *, start, started, saved=None):
@@ -301,7 +318,9 @@ def train(setup, model, plan, *, start, started, saved=None):
         known["parameters_per_process"] = sum(p.to_local().numel() for p in prepared.model.parameters())
         sharded = f" | sharded, {known['parameters_per_process']:,} parameters per process"
     resumed = f" | resumed after step {state.step}" if args.resume else ""
-    say(f"steps: {plan.steps_per_epoch} per epoch | effective batch {plan.effective_batch_size}{sharded}{resumed}")
+    in_all = f", {plan.total_steps} in all" if plan.max_steps else ""
+    effective = f"effective batch {plan.effective_batch_size}"
+    say(f"steps: {plan.steps_per_epoch} per epoch{in_all} | {effective}{sharded}{resumed}")
 
     with interrupts.deferred():
         if accelerator.is_main_process and not saved:
@@ -320,9 +339,9 @@ def train(setup, model, plan, *, start, started, saved=None):
         def out_of_patience():
             return args.patience and state.epoch - state.best_epoch >= args.patience
 
-        while state.epoch < args.epochs and not out_of_patience():
+        while state.epoch < plan.epochs and not out_of_patience():
             try:
-                train_and_score_epoch(setup, prepared, state, start=start | known, save=save)
+                train_and_score_epoch(setup, prepared, state, start=start | known, started=started, save=save)
             except KeyboardInterrupt:  # raised where the state is complete
                 save()
                 raise
@@ -337,19 +356,20 @@ def prepare(setup, model, plan):
     args, accelerator = setup.args, setup.accelerator
     data, collate = setup.loaders["train"].dataset, setup.loaders["train"].collate_fn
     accelerator.gradient_accumulation_steps = plan.accumulation
-    use_fast_dropout(model)
+    use_fast_training(model, alone=accelerator.num_processes == 1)
     if args.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if accelerator.device.type == "cpu":
         keep_memory()
-    loader = train_loader(data, plan.batch_size, collate, args.seed, accelerator.num_processes)
-    known = {"effective_batch_size": plan.effective_batch_size}
+    loader = train_loader(data, plan.batch_size, collate, args.seed)
+    options = {n: getattr(args, n) for n in ("optim", "weight_decay", "warmup_steps", "lr_scheduler_type")}
+    known = {"effective_batch_size": plan.effective_batch_size, "epochs": plan.epochs}
     if accelerator.is_main_process and not accelerator.is_fsdp2:  # the estimate does not know about shards
         known["estimated_peak_mb"] = memory.estimate_memory(
             model,
             loader,
             accelerator,
-            make_optimizer=lambda twin: build_optimizer(twin, args.lr, plan.total_steps)[0],
+            make_optimizer=lambda twin: build_optimizer(twin, args.lr, plan.total_steps, **options)[0],
             checkpointing=args.gradient_checkpointing,
         )
     hollow = None
@@ -357,19 +377,20 @@ def prepare(setup, model, plan):
         hollow = devices.hollow_copy(model, accelerator.device)
         # One module in place of three with the same weight, of which only one could be sharded.
         model.set_input_embeddings(model.get_input_embeddings())
-    optimizer, schedule = build_optimizer(model, args.lr, plan.total_steps)
+    optimizer, schedule = build_optimizer(model, args.lr, plan.total_steps, **options)
     known["optimizer"] = resume.describe_optimizer(optimizer)
     # The schedule is not prepared: it counts optimizer steps, whatever the number of processes.
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     if accelerator.num_processes > 1:  # each process draws its own dropout
         set_seed(args.seed, device_specific=True)
-    return Prepared(model, loader, optimizer, schedule, hollow), known
+    return Prepared(model, loader, optimizer, schedule, hollow, plan.max_steps, args.label_smoothing_factor), known
 
 
-def train_and_score_epoch(setup, prepared, state, *, start, save):
+def train_and_score_epoch(setup, prepared, state, *, start, started, save):
     """Train one epoch, score the validation split, and write metrics, curves and, if F1 improved, the checkpoint.
 
-    start: what run.json says of the run so far. save: a function that saves what --resume needs.
+    start: what run.json says of the run so far. started: when it started, see `train`. save: a function that saves
+    what --resume needs.
     """
     args, accelerator, folder, say = setup.args, setup.accelerator, setup.folder, setup.say
     device, number, hollow = accelerator.device, state.epoch + 1, prepared.hollow
@@ -387,6 +408,8 @@ def train_and_score_epoch(setup, prepared, state, *, start, save):
         metrics, _ = evaluate(*given, **options, title=f"epoch {number}, validation", with_scores=False)
     say(f"[epoch {number}] {metrics_line(metrics)}")
 
+    # --max_steps can end the last epoch early.
+    examples = min(len(prepared.loader.dataset), len(rows) * start["effective_batch_size"])
     # What is logged for an epoch: a row of metrics.csv, and `epoch/...` in a tracker.
     row = {
         "epoch": number,
@@ -394,8 +417,9 @@ def train_and_score_epoch(setup, prepared, state, *, start, save):
         **metrics,
         "epoch_seconds": round(seconds, 3),
         "steps_per_sec": round(len(rows) / seconds, 4),
-        "samples_per_sec": round(len(prepared.loader.dataset) / seconds, 3),
+        "samples_per_sec": round(examples / seconds, 3),
         "peak_vram_mb": round(peak_vram, 1),
+        "seconds_since_start": round(time.perf_counter() - started, 3),
     }
     state.epoch, state.epoch_tokens, state.epoch_seconds = number, [], 0.0
     state.epoch_rows.append(row)
@@ -415,7 +439,8 @@ def train_and_score_epoch(setup, prepared, state, *, start, save):
 
 
 def train_epoch(prepared, accelerator, state, save=None, save_every=0):
-    """Train on every example once, or on the rest of an epoch that state.epoch_tokens says has begun.
+    """Train on every example once, or on the rest of an epoch that state.epoch_tokens says has begun. An epoch ends
+    early at the last of --max_steps.
 
     Returns the epoch's rows of train_loss.csv, which are in `state` too, and its mean loss (nats per token).
 
@@ -432,6 +457,9 @@ def train_epoch(prepared, accelerator, state, save=None, save_every=0):
     prepared.loader.set_epoch(state.epoch)  # the order of the examples depends on the seed and this number alone
     batches = devices.counted_batches(prepared.loader, done * size, accelerator)
     groups = iter(lambda: list(islice(batches, size)), [])  # those of a step; the last one can be shorter
+    if prepared.max_steps:
+        steps = min(steps, prepared.max_steps - (state.step - done))
+        groups = islice(groups, steps - done)
     bar_off = None if accelerator.is_main_process else True  # None: only where stderr is a terminal
     title = f"epoch {state.epoch + 1}"
     for group in tqdm(groups, title, steps, initial=done, leave=False, delay=1, unit="step", disable=bar_off):
@@ -473,12 +501,8 @@ def train_step(prepared, group, accelerator):
     for position, (batch, tokens) in enumerate(group, start=1):
         with accelerator.no_sync(model) if position < len(group) else nullcontext():
             with accelerator.autocast():  # a sharded model does not do it by itself
-                mean_loss = model(
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    labels=batch["labels"],
-                    use_cache=False,  # a copy of keys and values that only a search uses
-                ).loss
+                logits_and_labels = target_logits(model, batch, target_positions(batch["labels"]))
+                mean_loss = F.cross_entropy(*logits_and_labels, label_smoothing=prepared.label_smoothing)
             loss = mean_loss * tokens / step_tokens
             # backward() divides by the accumulation steps and averages over processes; this loss needs neither.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
@@ -491,41 +515,6 @@ def train_step(prepared, group, accelerator):
     prepared.schedule.step()
     optimizer.zero_grad()
     return torch.stack([step_loss, grad_norm, step_tokens])
-
-
-def build_optimizer(model, lr, total_steps):
-    """(optimizer of the trainable weights, schedule of the learning rate, to be stepped after each optimizer step).
-
-    Any torch optimizer can be put here: `step_if_finite` below skips its bad steps, and the memory estimate measures
-    its state.
-    """
-    from transformers import get_linear_schedule_with_warmup  # imports peft, which takes seconds
-
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    # fused: one kernel for all weights in place of several operations per weight.
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
-    return optimizer, get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * total_steps), total_steps)
-
-
-def step_if_finite(optimizer, finite, scaler=None):
-    """Make the optimizer's step, or leave weights and optimizer state unchanged if `finite` is false.
-
-    finite: a boolean tensor, whether loss and gradients are finite. scaler: accelerate's GradScaler, which skips the
-    step by itself, or None.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper, or torch's own
-    if scaler is None:
-        if getattr(inner, "_step_supports_amp_scaling", False):
-            # torch's fused optimizers read this in their kernel, as GradScaler uses it; an `if` would wait for the
-            # device in each step.
-            inner.found_inf = 1.0 - finite.float()
-        elif not finite:
-            inner.zero_grad(set_to_none=True)  # weights without a gradient are not touched
-    optimizer.step()
 
 
 def note_steps(state, measured, accelerator):
@@ -560,17 +549,19 @@ def final_evaluation(setup, model, best_epoch):
 
     model: as it was read from disk. best_epoch: its epoch, or None. A test split with answers is scored too. Writes the
     prediction files, the breakdown and the leaderboard's file. Returns what run.json says of it: {"final": metrics
-    and, where there are rows, "holdout": {"rows", "metrics"}, "test": metrics}; {} in all processes but the main one.
+    and, where there are rows, "holdout": {"rows", "metrics"}, "test": metrics, and "answers_per_second"}; {} in all
+    processes but the main one.
     """
     args, accelerator, folder, say = setup.args, setup.accelerator, setup.folder, setup.say
     options = {"beams": args.final_beams, "max_target_len": args.max_target_len, "accelerator": accelerator}
     model = model.to(accelerator.device)
-    scored = {}  # {role: (metrics, frame)} of the labeled splits
+    scored, answered, began = {}, 0, time.perf_counter()  # scored: {role: (metrics, frame)} of the labeled splits
     with memory.memory_for(
         f"--eval_batch_size {args.eval_batch_size} and {args.final_beams} beams: lower --eval_batch_size"
     ):
         for role in [role for role in ("validation", "holdout", "test") if role in setup.loaders]:
             loader = setup.loaders[role]
+            answered += len(loader.dataset)
             given = (model, loader, setup.tokenizer, accelerator.device)
             if loader.dataset.labels is None:
                 answers = predict(*given, **options, title=role)["prediction"]
@@ -582,9 +573,9 @@ def final_evaluation(setup, model, best_epoch):
     if not accelerator.is_main_process:
         return {}
 
+    results = {"answers_per_second": round(answered / (time.perf_counter() - began), 3)}
     scored = with_leaderboard_scores(scored)
     epoch = f" | epoch {best_epoch}" if best_epoch else ""
-    results = {}
     for role, (metrics, frame) in scored.items():
         title = "final" if role == "validation" else role
         say(f"[{title}] {metrics_line(metrics, final=True)}{epoch}, {args.final_beams} beams | {folder}")

@@ -9,11 +9,8 @@ the two methods.
 
 import sys
 
-import torch
-
-from helper_functions import InputError
 from pipeline.arguments import Role, at_least, build_parser, flag, rate
-from pipeline.t5 import hold_in_bf16
+from pipeline.t5 import hold_in_bf16, matrices_to_adapt
 from tweet_qa_main import run_from_command_line
 
 T = Role.TRAINING
@@ -21,7 +18,15 @@ LORA_FLAGS = [
     flag("--lora_r", T, type=at_least(1), default=8, help="rank of the adapter's matrices"),
     flag("--lora_alpha", T, type=at_least(1), default=32, help="the adapter is scaled by lora_alpha / lora_r"),
     flag("--lora_dropout", T, type=rate, default=0.05, help="dropout on the adapter's input"),
-    flag("--target_modules", T, nargs="+", default=["q", "v"], help="names of the matrices to adapt"),
+    flag(
+        "--target_modules",
+        T,
+        nargs="+",
+        default=["q", "v"],
+        help="names of the matrices to adapt, attention (q k v o), or all-linear (every one but lm_head)",
+    ),
+    flag("--use_rslora", T, action="store_true", help="scale by lora_alpha / sqrt(lora_r): for large ranks"),
+    flag("--use_dora", T, action="store_true", help="train each row's length apart from its direction; slower"),
     flag(
         "--base_dtype",
         T | Role.SCORING,
@@ -47,12 +52,7 @@ def add_lora(model, args):
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
-    matrices = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
-    }
-    unknown = [name for name in args.target_modules if name not in matrices]
-    if unknown:
-        raise InputError(f"--target_modules {' '.join(unknown)}: this model has {', '.join(sorted(matrices))}")
+    targets = matrices_to_adapt(model, args.target_modules)
     if args.base_dtype == "bf16":
         hold_in_bf16(model)  # peft makes the adapter float32 on any base
     config = LoraConfig(
@@ -60,7 +60,9 @@ def add_lora(model, args):
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
+        target_modules=targets,
+        use_rslora=args.use_rslora,  # Kalajdzievski, 2023, https://arxiv.org/abs/2312.03732
+        use_dora=args.use_dora,  # Liu et al., 2024, https://arxiv.org/abs/2402.09353
     )
     return get_peft_model(model, config)
 

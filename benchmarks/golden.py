@@ -34,6 +34,7 @@ STANDIN = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers":
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
 LAUNCH += ["--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no"]  # 0: any free port
 TIMING = {"epoch_seconds", "steps_per_sec", "samples_per_sec", "peak_vram_mb", "train_minutes", "peak_memory_mb"}
+TIMING |= {"seconds_since_start", "answers_per_second"}
 TIMING |= {f"{name}_sd" for name in TIMING}
 RECORDED = {"final", "holdout", "test", "best_epoch", "steps", "skipped_steps", "checkpoint_bytes"}  # of run.json
 RECORDED |= {"trainable_parameters", "total_parameters", "identity", "effective_batch_size", "batch_size_used"}
@@ -64,10 +65,11 @@ def golden_cases(out):
         demo, short = [script, *demo], flags(seed=1, epochs=2)
         real = flags(model_name=out.parent / "golden_standin", dataset="../shared/tweet_qa", sem_model="none")
         real = [script, *real, *flags(max_train_samples=64, max_eval_samples=32, lr=1e-2, epochs=2)]
+        held_out = flags(seed=42, epochs=2, holdout=40)  # --seed chose the rows before --holdout_seed did
         accumulated = flags(grad_accum_steps=2, batch_size=4) + (ALL_MODULES if method == "lora" else [])
         runs = {f"demo-seed{seed}": demo + flags(seed=seed, epochs=2) for seed in (1, 2)}
         runs |= {f"real-seed{seed}": real + flags(seed=seed) for seed in (1, 2)}
-        runs |= {"accumulated": demo + short + accumulated, "holdout": demo + short + flags(holdout=40)}
+        runs |= {"accumulated": demo + short + accumulated, "holdout": demo + held_out}
         runs |= {"seeds": [*demo, *flags(epochs=1), "--seeds", "1", "2"], "resumed": demo + short + flags(save_every=3)}
         runs |= {"processes": [*LAUNCH, *demo, *short, *flags(batch_size=4)]}
         for name, command in runs.items():

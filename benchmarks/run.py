@@ -32,6 +32,7 @@ from pathlib import Path
 # Not a contender's module, and not `tweet_qa_main`: the processes started from this one would inherit what they set.
 from benchmarks.report import CONTENDERS, write
 from helper_functions import load_tweet_qa
+from pipeline.fast_cpu import onednn_product
 from pipeline.run_folder import git_commit
 
 HERE = Path(__file__).resolve().parent
@@ -150,12 +151,11 @@ def quality(contender, case, lora, lr, seed, epochs, device):
 def where_training_time_goes(contender, case, batches, lora, device):
     """Floating point operations of a training step, and the operations that take most of its time (shares)."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
-    from torch.utils.flop_counter import FlopCounterMode
 
     def given(batches):
         return case["train"], [position for batch in batches for position in batch], BATCH_SIZE, 1e-4, 0, device
 
-    with FlopCounterMode(display=False) as counter:
+    with count_operations() as counter:
         contender.train(*contender.load(case["model"], lora), *given(batches[SKIPPED:]))
     loaded, steps, profiler = contender.load(case["model"], lora), [], new_profiler(device)
 
@@ -173,11 +173,9 @@ def where_training_time_goes(contender, case, batches, lora, device):
 
 def where_validation_time_goes(contender, case, beams, device):
     """Floating point operations of a pass over the validation rows, and what takes most of its time (shares)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     model, tokenizer = contender.load(case["model"], None)
     given = (model.to(device), tokenizer, case["validation"], beams, device)
-    with FlopCounterMode(display=False) as counter:
+    with count_operations() as counter:
         contender.validate(*given)
     with new_profiler(device) as profiler:
         contender.validate(*given)
@@ -205,16 +203,29 @@ def shares_of(profiler, device):
 
 
 def matmul_peak(torch, device):
-    """Floating point operations a second of the fastest of some large matrix multiplications, in training's type."""
+    """Floating point operations a second of the fastest of some large matrix multiplications, in training's type: by
+    torch's own product and, on a CPU, by oneDNN's."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    products = [torch.matmul] + ([onednn_product] if device == "cpu" and torch.backends.mkldnn.is_available() else [])
     seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        product = a @ b
-        product[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - started)
+    for product in products:
+        for _ in range(10):
+            started = time.perf_counter()
+            product(a, b)[0, 0].item()  # waits for a GPU
+            seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds)
+
+
+def count_operations():
+    """torch's counter of floating point operations, which does not know oneDNN's product by itself."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def of_linear(x, weight, *_, out_shape=None, **__):
+        return 2 * x[0] * x[1] * weight[0]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: of_linear})
 
 
 def reset_peak_memory(device):
@@ -408,6 +419,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; in each, every contender runs once (default: 5)")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of the demo model's F1 (default: 20)")
     parser.add_argument("--quick", action="store_true", help="the demo's model on a few rows, one round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written (default: %(default)s)")
     options = parser.parse_args(argv)
@@ -452,7 +464,7 @@ def main(argv=None):
             seconds = in_turns(3, lambda name: until_first_step(name, case))  # noqa: B023
             found["start_up_seconds"] = {name: statistics.median(values) for name, values in seconds.items()}
             keep()
-    seeds, epochs = ([0], 1) if options.quick else ([0, 1, 2, 3, 4], 3)
+    seeds, epochs = ([0], 1) if options.quick else (list(range(options.seeds)), 3)
     f1 = found.setdefault("f1", {"epochs": epochs, "seeds": seeds})
     with Pools() as pools:
         for method, lora in {"full": None, "LoRA": DEMO_LORA}.items():

@@ -18,7 +18,7 @@ from helper_functions import (
 )
 from pipeline.arguments import EVAL_BATCH_SIZE
 from pipeline.devices import choose_precision
-from pipeline.fast_cpu import keep_memory, use_fast_dropout
+from pipeline.fast_cpu import keep_memory, use_fast_training
 from pipeline.resume import LoopState
 from tweet_qa_main import Prepared, build_optimizer, main, train_epoch
 from tweet_qa_main_lora import add_lora
@@ -31,7 +31,7 @@ def load(model_folder, lora):
     if lora:
         names = {"r": "lora_r"}
         given = {names.get(name, name): value for name, value in lora.items()}
-        model = add_lora(model, argparse.Namespace(base_dtype="fp32", **given))
+        model = add_lora(model, argparse.Namespace(base_dtype="fp32", use_rslora=False, use_dora=False, **given))
     return model, tokenizer
 
 
@@ -46,8 +46,8 @@ def _accelerator():
     )
 
 
-def _collate(tokenizer, device):
-    return build_collate_fn(tokenizer, pad_to_multiple_of=8 if device == "cuda" else None)
+def _collate(tokenizer):
+    return build_collate_fn(tokenizer, pad_to_multiple_of=8)
 
 
 def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
@@ -55,8 +55,8 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     set_seed(seed)
     accelerator = _accelerator()
     data = TweetQADataset([rows[position] for position in order], tokenizer)
-    loader = build_loader(data, batch_size, _collate(tokenizer, device), range(len(data)))
-    use_fast_dropout(model)
+    loader = build_loader(data, batch_size, _collate(tokenizer), range(len(data)))
+    use_fast_training(model, alone=True)
     if device == "cpu":
         keep_memory()
     optimizer, schedule = build_optimizer(model, lr, -(-len(order) // batch_size))
@@ -69,7 +69,7 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
     """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
     accelerator = _accelerator()
     data = TweetQADataset(rows, tokenizer)
-    loader = eval_loader(data, EVAL_BATCH_SIZE[device], _collate(tokenizer, device))
+    loader = eval_loader(data, EVAL_BATCH_SIZE[device], _collate(tokenizer))
     metrics, frame = evaluate(
         model.to(device),
         loader,

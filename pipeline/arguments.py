@@ -15,6 +15,16 @@ from pipeline.errors import one_line
 DEFAULT_MODEL = "google/flan-t5-small"
 # A CPU gains nothing from larger batches, and a beam search over 128 rows is slower; a GPU has more to do at once.
 EVAL_BATCH_SIZE = {"cpu": 32, "cuda": 64}
+WEIGHT_DECAY = 0.01  # of matrices only: norms have one-dimensional weights, and pulling those to zero hurts
+WARMUP = 0.06  # share of all steps in which the learning rate rises; without it T5 is unstable in the first steps
+# Those of transformers' schedules that need no further argument. The longer cosine and polynomial ones with their
+# defaults are cosine and linear again.
+SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"]
+HOLDOUT_SEED = 42  # the default of --seed, which chose the held-out rows before --holdout_seed did
+# What runs did before there were these flags, whose arguments their run.json does not have.
+BEFORE = {"weight_decay": 0.01, "warmup_steps": 0.06, "lr_scheduler_type": "linear", "max_steps": None}
+BEFORE |= {"optim": "adamw", "label_smoothing_factor": 0.0, "train_subset": None}
+BEFORE_IN_LORA = {"use_rslora": False, "use_dora": False}
 
 
 class Role(Flag):
@@ -85,6 +95,10 @@ def number(is_right, what):
 
 positive_float = number(lambda x: 0 < x < math.inf, "above 0")
 rate = number(lambda x: 0 <= x < 1, "of at least 0 and below 1")
+not_negative = number(lambda x: 0 <= x < math.inf, "of at least 0")
+steps_or_share = number(
+    lambda x: 0 <= x < 1 or (x < 2**32 and x == int(x)), "of steps, or a share of all steps below 1"
+)
 
 
 def path_or_id(text):
@@ -106,12 +120,13 @@ def path_or_id(text):
 ROLES = {}  # {argument's name: Role} of every flag that `flag` has declared
 
 
-def flag(name, role, **options):
-    """Declare a flag. name: with its dashes. role: a Role. options: those of argparse's add_argument."""
+def flag(name, role, also=(), **options):
+    """Declare a flag. name: with its dashes. role: a Role. also: other names for it, with dashes; run.json has `name`.
+    options: those of argparse's add_argument."""
     if not (isinstance(role, Role) and role):
         raise TypeError(f"{name} needs a Role")
     ROLES[name.removeprefix("--")] = role
-    return name, options
+    return (name, *also), options
 
 
 T, S = Role.TRAINING, Role.SCORING
@@ -139,8 +154,14 @@ FLAGS = [
         nargs="+",
         help="one run for each seed, in SAVE_DIR/seed_N (default: --seed)",
     ),
-    flag("--eval_only", Role.RUNNING, action="store_true", help="do not train: evaluate the checkpoint in --save_dir"),
+    flag(
+        "--eval_only",
+        Role.RUNNING,
+        action="store_true",
+        help="do not train: evaluate the checkpoint in --save_dir or, in a new folder, --model_name as it is",
+    ),
     flag("--epochs", T, type=at_least(1), default=5, help="passes over the training rows"),
+    flag("--max_steps", T, type=at_least(1), help="stop after N optimizer steps, in place of --epochs (default: none)"),
     flag("--batch_size", T, type=at_least(1), default=8, help="training examples per forward pass"),
     flag("--grad_accum_steps", T, type=at_least(1), default=1, help="batches per optimizer step"),
     flag(
@@ -155,7 +176,45 @@ FLAGS = [
         action="store_true",
         help="less memory, more time: compute activations twice",
     ),
-    flag("--lr", T, type=positive_float, help="peak learning rate, after 6%% of linear warm-up; decays linearly to 0"),
+    flag("--lr", T, type=positive_float, help="peak learning rate"),
+    flag(
+        "--warmup_steps",
+        T,
+        also=["--warmup"],
+        type=steps_or_share,
+        default=WARMUP,
+        help="steps in which the learning rate rises to --lr; below 1: their share of all steps",
+    ),
+    flag(
+        "--lr_scheduler_type",
+        T,
+        choices=SCHEDULES,
+        default="linear",
+        help="how the learning rate falls after the warm-up, linear and cosine to 0; constant has no warm-up",
+    ),
+    flag(
+        "--optim",
+        T,
+        also=["--optimizer"],
+        choices=["adamw", "adafactor"],
+        default="adamw",
+        help="optimizer; adafactor keeps far less state, and uses --lr as adamw does",
+    ),
+    flag(
+        "--weight_decay",
+        T,
+        type=not_negative,
+        default=WEIGHT_DECAY,
+        help="decay of the trained matrices; one-dimensional weights, such as norms, are not decayed",
+    ),
+    flag(
+        "--label_smoothing_factor",
+        T,
+        also=["--label_smoothing"],
+        type=rate,
+        default=0.0,
+        help="share of a target's probability that all tokens get, in the training loss only",
+    ),
     flag(
         "--precision",
         T | S,
@@ -207,6 +266,13 @@ FLAGS = [
         help="model for semantic similarity: hub id, folder, or none",
     ),
     flag("--max_train_samples", Role.ROWS, type=at_least(1), help="train on the first N rows only (default: all)"),
+    flag(
+        "--train_subset",
+        T,
+        type=at_least(1),
+        help="train on a random subset of at most N rows, whole tweets, the same in all runs; a smaller one is part of"
+        " a larger one (default: all)",
+    ),
     flag("--max_eval_samples", S, type=at_least(1), help="evaluate the first N rows of each split only (default: all)"),
     flag(
         "--holdout",
@@ -214,6 +280,13 @@ FLAGS = [
         type=at_least(0),
         default=0,
         help="training rows to set aside, by tweet, and score at the end",
+    ),
+    flag(
+        "--holdout_seed",
+        Role.ROWS | S,
+        type=at_least(0),
+        default=HOLDOUT_SEED,
+        help="random seed for the choice of the --holdout rows",
     ),
     flag(
         "--drop_leaked",
@@ -244,11 +317,11 @@ def build_parser(description, lr, save_dir, more=(), title=None):
     --help under `title`.
     """
     parser = Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-    for name, options in FLAGS:
-        parser.add_argument(name, **options)
+    for names, options in FLAGS:
+        parser.add_argument(*names, **options)
     group = parser.add_argument_group(title) if more else parser
-    for name, options in more:
-        group.add_argument(name, **options)
+    for names, options in more:
+        group.add_argument(*names, **options)
     parser.set_defaults(lr=lr, save_dir=save_dir)
     return parser
 
@@ -277,6 +350,11 @@ def sets_methods_apart(name):
     """Whether runs with different values of this argument are different methods. A name that no flag has any more is
     one that an older version recorded: such runs are told apart."""
     return name not in ROLES or not ROLES[name] & (Role.RUNNING | Role.SEED)
+
+
+def as_run(args):
+    """The arguments in a run.json of any version, with what its run did where it did not know a flag yet."""
+    return BEFORE | (BEFORE_IN_LORA if "lora_r" in args else {}) | args
 
 
 def as_typed(value):

@@ -166,13 +166,21 @@ def checkpoint_bytes(folder):
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
+def has_checkpoint(folder):
+    """Whether `folder` has a checkpoint to evaluate, a whole model or an adapter."""
+    return any(Path(folder, name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def check_has_checkpoint(folder):
-    """Raise InputError unless `folder` has a checkpoint to evaluate, a whole model or an adapter."""
+    """Raise InputError unless `folder` has a checkpoint to evaluate, and can be written to."""
     folder = Path(folder)
+    or_name = "to score a model as it is, give tweet_qa_main.py --model_name and a new folder"
     if not folder.is_dir():
-        raise InputError(f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint")
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise InputError(f"--save_dir {folder} has no checkpoint (no config.json, no adapter_config.json)")
+        raise InputError(
+            f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint ({or_name})"
+        )
+    if not has_checkpoint(folder):
+        raise InputError(f"--save_dir {folder} has no checkpoint (no config.json, no adapter_config.json); {or_name}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"--save_dir {folder} is not writable; copy it to a folder that is")
 

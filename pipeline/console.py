@@ -30,9 +30,10 @@ def describe(setup, record, model_name, note):
     say(f"data: {args.dataset} | {counts}")
     unreadable = unreadable_tweets(loaders, setup.tokenizer)
     say(f"{note} | {unreadable} tweets have characters that the tokenizer does not know (<unk>)")
+    adapted = f" | adapter on {', '.join(record['adapted_matrices'])}" if "adapted_matrices" in record else ""
     say(
         f"model: {model_name} | {trained:,} of {total:,} parameters trained ({trained / total:.2%}) |"
-        f" {record['device']}, {setup.accelerator.mixed_precision.replace('no', 'fp32')}"
+        f" {record['device']}, {setup.accelerator.mixed_precision.replace('no', 'fp32')}{adapted}"
     )
     for role, loader in loaders.items():
         if loader.dataset.cut_inputs or loader.dataset.cut_targets:

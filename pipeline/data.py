@@ -194,6 +194,30 @@ def hold_out(rows, count, seed, taken=frozenset()):
     return sorted(chosen)
 
 
+def subset(rows, count):
+    """Choose a random subset of rows for --train_subset, by tweet: all the rows of a tweet, or none.
+
+    The tweets are put in the order of a hash of their text, and taken from the start for as long as they have at most
+    `count` rows together. So the subset depends on nothing but the rows, and a smaller one is a part of a larger one.
+
+    Returns the positions of the chosen rows in increasing order. Raises InputError if there are fewer rows, or if the
+    first tweet alone has more.
+    """
+    if count > len(rows):
+        raise InputError(f"--train_subset {count}: there are only {len(rows)} training rows")
+    groups = {}
+    for position, row in enumerate(rows):
+        groups.setdefault(tweet_key(row["Tweet"]), []).append(position)
+    chosen = []
+    for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        if len(chosen) + len(groups[key]) > count:
+            break
+        chosen += groups[key]
+    if not chosen:
+        raise InputError(f"--train_subset {count}: a tweet's rows are not divided, and the first tweet has more")
+    return sorted(chosen)
+
+
 def count_repeats(rows):
     """How many rows repeat an earlier one: the same question and answer about the same tweet."""
     distinct = {(row["Question"].casefold(), tweet_key(row["Tweet"]), *row["Answer"][:1]) for row in rows}
@@ -212,6 +236,8 @@ class Selected:
 
 def select_rows(args):
     """Load the data and choose the rows of each role: a `Selected`."""
+    if args.train_subset and args.max_train_samples:
+        raise InputError("--train_subset and --max_train_samples both choose the training rows: give one of them")
     splits, taken = load_with_note(args.dataset)
     train = list(enumerate(splits["train"]))
     tweets = {split: [tweet_key(row["Tweet"]) for row in split_rows] for split, split_rows in splits.items()}
@@ -230,9 +256,13 @@ def select_rows(args):
             raise InputError("--drop_leaked leaves no training row: every tweet is also in validation or test")
     held = []
     if args.holdout:  # validation selects the checkpoint, so a tweet that it shares would not be unseen
-        places = set(hold_out([row for _, row in train], args.holdout, args.seed, validation_tweets))
+        places = set(hold_out([row for _, row in train], args.holdout, args.holdout_seed, validation_tweets))
         held = [pair for place, pair in enumerate(train) if place in places]
         train = [pair for place, pair in enumerate(train) if place not in places]
+    if args.train_subset:
+        train = [train[place] for place in subset([row for _, row in train], args.train_subset)]
+        about = len({tweet_key(row["Tweet"]) for _, row in train})
+        note += f" | --train_subset {args.train_subset}: {len(train)} rows about {about} tweets"
     rows = {
         "train": [row for _, row in train][: args.max_train_samples],
         "validation": splits["validation"][: args.max_eval_samples],

@@ -25,6 +25,10 @@ def make_accelerator(args):
     if args.auto_batch_size and processes > 1:
         raise InputError("--auto_batch_size works with one process only: if one of several runs out of memory, all end")
     plugin = sharding(args.precision)
+    if plugin and args.optim == "adafactor":  # transformers' keeps its state unsharded
+        raise InputError("--optim adafactor cannot be used for sharded training: use adamw")
+    if plugin and getattr(args, "use_dora", False):  # peft computes with whole matrices
+        raise InputError("--use_dora cannot be used for sharded training: omit it")
     accelerator = Accelerator(
         cpu=processes > 1 and not torch.cuda.is_available(),  # without this, accelerate does not connect them
         fsdp_plugin=plugin,

@@ -9,8 +9,6 @@ import signal
 import threading
 from contextlib import contextmanager
 
-import torch
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 received = 0  # the signal that has come in; 0: none. One for the process, as its signal handlers are.
 _deferring = False
@@ -79,6 +77,8 @@ def anyone_interrupted(accelerator=None):
     """Whether a signal has come in, to this process or, if an accelerator is given, to any process of the run."""
     if accelerator is None or accelerator.num_processes == 1:
         return bool(received)
+    import torch  # `study.py` handles signals without it
+
     return bool(accelerator.reduce(torch.tensor(float(received), device=accelerator.device)).item())
 
 

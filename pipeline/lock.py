@@ -6,6 +6,7 @@ the same machine, and from another machine when it has not been touched for LEAS
 """
 
 import os
+import socket
 import time
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -43,6 +44,32 @@ def only_writer(folder, flag="--save_dir"):
     finally:
         lock.release()
         _remove_empty(missing)
+
+
+def in_use(folder):
+    """Whether another process seems to hold the lock of `folder`, as far as one look can tell.
+
+    Only `only_writer` knows for certain. This is for deciding what to try next.
+    """
+    holder = _read(Path(folder, LOCK))
+    if not holder:
+        return False
+    if holder["host"] == socket.gethostname() and holder.get("pid", "").isdigit() and not _exists(int(holder["pid"])):
+        return False
+    return time.time() - holder["touched"] / 1e9 < LEASE
+
+
+def _exists(pid):
+    """Whether this machine has a process of this id, as far as that can be asked."""
+    if os.name == "nt":  # there, signal 0 is a Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True
 
 
 def check_writable(folder, flag="--save_dir"):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import RunError, reason
-from pipeline.t5 import use_gradient_checkpointing
+from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
 
 HEAP_GAPS = 0.5  # heap fragmentation on a CPU, as a share of the activations (0.1 to 0.9 of them were measured)
 
@@ -54,14 +55,17 @@ def largest_batch(model, data, batches):
 
     model: a T5 model or a PeftModel. data: a TweetQADataset with labels. batches: lists of positions in it.
     """
-    # What is kept for each token: the outputs of every matrix on its side of the model.
+    # What is kept for each token: the outputs of every matrix on its side of the model. The output layer, and the loss
+    # behind it with two tensors of its size, see the targets' tokens alone.
+    head = {module for module in model.get_output_embeddings().modules() if isinstance(module, torch.nn.Linear)}
     encoder = {module for module in model.get_encoder().modules() if isinstance(module, torch.nn.Linear)}
-    decoder = {module for module in model.modules() if isinstance(module, torch.nn.Linear)} - encoder
-    kept = [sum(matrix.out_features for matrix in side) for side in (encoder, decoder)]
+    decoder = {module for module in model.modules() if isinstance(module, torch.nn.Linear)} - encoder - head
+    of_prompt, of_target = (sum(matrix.out_features for matrix in side) for side in (encoder, decoder))
 
     def size(batch):
-        lengths = [max(len(ids[index]) for index in batch) for ids in (data.input_ids, data.labels)]
-        return len(batch) * (lengths[0] * kept[0] + lengths[1] * kept[1])
+        prompt, target = (max(len(ids[index]) for index in batch) for ids in (data.input_ids, data.labels))
+        tokens = sum(len(data.labels[index]) for index in batch)
+        return len(batch) * (prompt * of_prompt + target * of_target) + 3 * tokens * model.config.vocab_size
 
     return max(batches, key=size)
 
@@ -82,6 +86,7 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
     def without_memory(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
+    positions = target_positions(batch["labels"]) if device.type == "cpu" else None
     with FakeTensorMode():
         twins = {id(buffer): without_memory(buffer) for buffer in model.buffers()}
         for weight in model.parameters():
@@ -90,11 +95,13 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
         if any(getattr(module, "gradient_checkpointing", False) for module in twin.modules()):
             use_gradient_checkpointing(twin, preserve_rng_state=False)  # there is none to preserve
         given = {name: without_memory(batch[name]) for name in ("input_ids", "attention_mask", "labels")}
+        if positions is not None:
+            positions = without_memory(positions)
         weights = list(twin.parameters())
         with LiveBytes(weights + list(twin.buffers())) as live:
             for _ in range(2 if accumulate else 1):
                 with autocast():
-                    loss = twin(**given, use_cache=False).loss
+                    loss = F.cross_entropy(*target_logits(twin, given, positions))
                 loss.backward()
                 del loss
         kept = _optimizer_bytes(make_optimizer(twin))

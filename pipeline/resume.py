@@ -3,6 +3,7 @@
 The training loop saves it after each epoch, and every --save_every steps.
 """
 
+import argparse
 import copy
 import hashlib
 import json
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from pipeline.arguments import ROLES, Role, as_typed, may_differ_on_resume, with_role
+from pipeline.arguments import HOLDOUT_SEED, ROLES, Role, as_run, as_typed, may_differ_on_resume, with_role
+from pipeline.checkpoint import has_checkpoint
 from pipeline.devices import is_first_process
 from pipeline.errors import InputError, reason
 from pipeline.publish import upload_command
@@ -231,6 +233,7 @@ def identity(setup):
         "weights (--model_name)": setup.content["model_name"],
         "precision": setup.accelerator.mixed_precision,
         "number of processes": setup.accelerator.num_processes,
+        "order of the training rows": "random",  # older versions grouped them by length and did not record it
         **({"sharding": "FSDP2"} if setup.accelerator.is_fsdp2 else {}),
         **({SIMILARITY: setup.content["sem_model"]} if "sem_model" in setup.content else {}),
     }
@@ -261,13 +264,16 @@ def check_can_resume(folder, method, args):
     run = read_run_json(folder)
     if run is None:
         raise InputError(f"--save_dir {folder} has no run to resume (no run.json): start it without --resume")
+    if run["method"] == "base":
+        raise InputError(f"--save_dir {folder} has the scores of an untrained model: there is nothing to resume")
     if run["method"] != method:
         script = {"full": "tweet_qa_main.py", "lora": "tweet_qa_main_lora.py"}.get(run["method"], "another script")
         raise InputError(f"--save_dir {folder} has a run of {script}: resume it with that script")
+    before = as_run(run["args"])
     differing = [
-        f"--{name} {as_typed(value)} (was {as_typed(run['args'][name])})"
+        f"--{name} {as_typed(value)} (was {as_typed(before[name])})"
         for name, value in args.items()
-        if name in run["args"] and run["args"][name] != value
+        if name in before and before[name] != value
         if not may_differ_on_resume(name) or (name == "sem_model" and SIMILARITY not in run.get("identity", {}))
     ]
     if differing:
@@ -320,6 +326,7 @@ def seed_runs(args, method):
     for seed in args.seeds:
         one, folder = copy.deepcopy(args), Path(args.save_dir, f"seed_{seed}")
         one.seed, one.seeds, one.save_dir, one.resume = seed, None, str(folder), (folder / "run.json").exists()
+        one = with_the_runs_holdout(one)
         if one.resume:
             check_can_resume(folder, method, vars(one))
         else:
@@ -358,12 +365,56 @@ def with_the_runs_scoring(parser, argv, args):
     run = read_run_json(args.save_dir)
     if not run:
         return args
-    known = {name: run["args"][name] for name in with_role(Role.SCORING) if run["args"].get(name) is not None}
+    names = with_role(Role.SCORING) + (["model_name"] if run["method"] == "base" else [])
+    known = {name: run["args"][name] for name in names if run["args"].get(name) is not None}
     parser.set_defaults(**{name: value for name, value in known.items() if name in vars(args)})
     args = parser.parse_args(argv)
     if "base_dtype" in args and "base_dtype" in known:  # the checkpoint is loaded with it, whatever is given
         args.base_dtype = known["base_dtype"]
     return args
+
+
+def with_the_runs_holdout(args):
+    """The arguments of --resume and --eval_only, with the seed by which the run in --save_dir chose its held-out rows.
+
+    That was its --seed before there was --holdout_seed.
+    """
+    run = read_run_json(args.save_dir) if args.resume or args.eval_only else None
+    before = run["args"] if run else {}
+    if before.get("holdout") and "holdout_seed" not in before and args.holdout_seed == HOLDOUT_SEED:
+        return argparse.Namespace(**vars(args) | {"holdout_seed": before.get("seed", HOLDOUT_SEED)})
+    return args
+
+
+def scores_untrained(args, former, method):
+    """Whether --eval_only scores --model_name itself, in a folder of its own, and not a checkpoint in --save_dir.
+
+    former: the run.json in --save_dir, or None. method: "full" or "lora", of the script. Raises InputError if neither
+    can be done.
+    """
+    folder = Path(args.save_dir)
+    again = former is not None and former["method"] == "base"
+    if again and method == "lora":
+        raise InputError(f"--save_dir {folder} has the scores of a model without an adapter: use tweet_qa_main.py")
+    if not again and (former or has_checkpoint(folder) or not args.model_name or method == "lora"):
+        return False  # what is missing there is said by the check of the checkpoint
+    if args.push_to_hub is not None:
+        raise InputError("--push_to_hub: a model that was only scored is not uploaded, since nothing was trained")
+    if not again:
+        check_is_free(folder)
+    return True
+
+
+def check_same_model(args, former, record):
+    """Raise InputError if the untrained model that was scored in --save_dir is not the one that is scored again.
+
+    former: the run.json there, or None. record: what is known of the model now.
+    """
+    if former and former["content"]["model_name"] != record["content"]["model_name"]:
+        raise InputError(
+            f"--save_dir {args.save_dir} has the scores of another model than --model_name {args.model_name}: choose"
+            " another folder"
+        )
 
 
 def check_were_held_out(args, held_out, run):
@@ -372,9 +423,10 @@ def check_were_held_out(args, held_out, run):
     held_out: their numbers in the train file. run: its run.json.
     """
     before = (run.get("holdout") or {}).get("rows", held_out)  # missing if the run was interrupted
-    chosen_by = [name for name in with_role(Role.ROWS | Role.SEED) if Role.SCORING & ROLES[name]]
-    if held_out != before or any(run["args"].get(name) != getattr(args, name) for name in chosen_by):
+    chosen_by = [name for name in with_role(Role.ROWS) if Role.SCORING & ROLES[name]]
+    given = {"holdout_seed": run["args"].get("seed")} | run["args"]  # older runs chose them by --seed
+    if held_out != before or any(given.get(name) != getattr(args, name) for name in chosen_by):
         raise InputError(
             f"--holdout {args.holdout}: these are not the rows that the run set aside before training; omit --holdout,"
-            " --seed and --drop_leaked, or give --holdout 0 to score none"
+            " --holdout_seed and --drop_leaked, or give --holdout 0 to score none"
         )

@@ -22,6 +22,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
+from pipeline.arguments import as_run
 from pipeline.errors import InputError, RunError, one_line, reason
 from pipeline.lock import LOCK, check_held, check_writable
 from pipeline.metrics import EACH_EPOCH, METRICS
@@ -186,11 +187,13 @@ def write_test_answers(path, rows, predictions):
 def describe_run(setup, method, model, prompt):
     """What run.json says of a run from its start: a dict for `run_record`.
 
-    setup: the run's Setup. method: "full" or "lora". model: as it will be trained or scored. prompt: the template of
-    the model's input.
+    setup: the run's Setup. method: "full", "lora", or "base" for a model that nobody has fine-tuned. model: as it will
+    be trained or scored. prompt: the template of the model's input.
     """
     from pipeline.devices import device_name  # imports torch
 
+    adapter = next(iter(getattr(model, "peft_config", {}).values()), None)
+    adapted = getattr(adapter, "target_modules", None)
     return {
         "method": method,
         "args": dict(vars(setup.args)),
@@ -202,8 +205,10 @@ def describe_run(setup, method, model, prompt):
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(setup.accelerator.device),
         "seed": setup.args.seed,
-        "trainable_parameters": model.num_parameters(only_trainable=True),
+        "trainable_parameters": 0 if method == "base" else model.num_parameters(only_trainable=True),
         "total_parameters": model.num_parameters(),
+        # As --target_modules means them in this model.
+        **({"adapted_matrices": sorted(adapted)} if isinstance(adapted, set | list) else {}),
     }
 
 
@@ -213,7 +218,8 @@ def run_record(start, *, training=None, results=None, end=None):
     start: from `describe_run`, or a whole record whose results are replaced. training: {name: value} known since the
     training began. results: {"final": metrics, ...} of the final evaluation. end: {name: value} known at the end.
     """
-    unknown = ("best_epoch", "final", "wall_time_seconds", "estimated_peak_mb", "peak_ram_mb", "peak_vram_mb")
+    unknown = ("best_epoch", "final", "answers_per_second", "wall_time_seconds")
+    unknown += ("estimated_peak_mb", "peak_ram_mb", "peak_vram_mb")
     later = {"finished": False, **dict.fromkeys((*unknown, "checkpoint_bytes"))}
     return later | start | (training or {}) | (results or {}) | (end or {})
 
@@ -276,20 +282,22 @@ def peak_ram_mb():
 
 # What is read of it, for `compare_runs.py`: fields of run.json and columns of its tables.
 TEXTS = ["method", "device", "args.model_name", "args.dataset", "scoring.sem_model"]
-COUNTS = ["trainable_parameters", "total_parameters", "checkpoint_bytes", "best_epoch", "scoring.final_beams"]
-COUNTS += ["scoring.max_input_len", "scoring.max_target_len", "args.epochs"]
+OF_TRAINING = ["trainable_parameters", "checkpoint_bytes", "best_epoch"]  # counts that an untrained model does not have
+COUNTS = ["total_parameters", "scoring.final_beams", "scoring.max_input_len", "scoring.max_target_len", "args.epochs"]
 NUMBERS = ["args.seed", "args.patience", "final.f1", "final.em"]
 NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{metric.name}" for metric in METRICS)]
 EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
+LATER_EPOCH_COLUMNS = ["seconds_since_start"]  # missing in the runs of older versions
 EXAMPLE_COLUMNS = ["qid", "question", "tweet", "references", "prediction", "question_type"]
 
 
 def read_run(folder):
     """The finished run in `folder`: (record, epochs, examples), checked against each other.
 
-    record: run.json; its "scoring" has the arguments that the final metrics were computed with, those of a later
-    --eval_only if there was one, and their "content". epochs: metrics.csv. examples: validation_predictions.csv, with
-    the references as lists and NaN for a metric that was not measured. Both are DataFrames.
+    record: run.json; its "args" have every argument (see `as_run`), its "scoring" those that the final metrics were
+    computed with, those of a later --eval_only if there was one, and their "content". epochs: metrics.csv; it has no
+    rows for an untrained model. examples: validation_predictions.csv, with the references as lists and NaN for a metric
+    that was not measured. Both are DataFrames.
 
     Raises InputError if there is no run, or if it has not finished or its files are damaged.
     """
@@ -301,22 +309,39 @@ def read_run(folder):
         problem = "is not the record of a run" if (folder / "run.json").exists() else "is missing"
         raise InputError(f"{folder / 'run.json'} {problem}: give a folder that a training script wrote (--save_dir)")
     _check_record(folder, record)
+    record["args"] = as_run(record["args"])
+    if not record["args"].get("holdout"):
+        record["args"].pop("holdout_seed", None)  # it chose nothing
+    epochs = _read_epochs(folder, record)
 
-    path, best = folder / "metrics.csv", record["best_epoch"]
-    epochs = _read_table(path, EPOCH_COLUMNS)
-    for name in EPOCH_COLUMNS:
-        epochs[name] = _numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
-    args = record["args"]
-    ended = min(args["epochs"], best + args["patience"]) if args["patience"] else args["epochs"]
-    if list(epochs["epoch"]) != list(range(1, ended + 1)):
-        raise InputError(f"{path} is truncated or was changed: it must have the epochs 1 to {ended}, in order")
+    return record, epochs, _read_examples(folder / "validation_predictions.csv", record["final"])
 
-    path = folder / "validation_predictions.csv"
-    measured = [metric for metric in EACH_EPOCH if record["final"][metric.name] is not None]
+
+def read_scored(folder, record, split):
+    """The examples of a run's "holdout" or "test" rows, as `read_run` returns those of validation.
+
+    None if the run has no such rows, or no answers to compare with. Raises InputError if the file is damaged.
+    """
+    path = Path(folder, f"{split}_predictions.csv")
+    scores = (record.get("holdout") or {}).get("metrics") if split == "holdout" else record.get("test")
+    if not isinstance(scores, dict) or not path.exists():
+        return None
+    where = "test" if split == "test" else "holdout.metrics"
+    for metric in EACH_EPOCH:
+        value = scores.get(metric.name)
+        if not _is_number(value) and (value is not None or metric.name == "f1"):
+            must = f"must be a number, not {json.dumps(value):.80}"
+            raise InputError(f"{Path(folder, 'run.json')}: {where}.{metric.name} {must}")
+    return _read_examples(path, scores)
+
+
+def _read_examples(path, means):
+    """A file of predictions, checked against the means of its metrics (null: not measured) in run.json."""
+    measured = [metric for metric in EACH_EPOCH if means.get(metric.name) is not None]
     examples = _read_table(path, EXAMPLE_COLUMNS + [metric.column for metric in measured])
     examples["references"] = [_parse_references(path, *entry) for entry in enumerate(examples["references"], start=1)]
     for metric in EACH_EPOCH:
-        mean = record["final"][metric.name]
+        mean = means.get(metric.name)
         if mean is None:
             examples[metric.column] = math.nan
             continue
@@ -324,26 +349,47 @@ def read_run(folder):
         if not math.isclose(examples[metric.column].mean(), mean, abs_tol=1e-6):
             found = f"the mean {metric.column} of its {len(examples)} rows is {examples[metric.column].mean():.4f}"
             raise InputError(f"{path} is truncated or was changed: {found}, but run.json says {mean:.4f}")
-    return record, epochs, examples
+    return examples
+
+
+def _read_epochs(folder, record):
+    """EPOCH_COLUMNS of metrics.csv and, if the run wrote it, "seconds_since_start"; a DataFrame."""
+    import pandas as pd
+
+    if record["method"] == "base":
+        return pd.DataFrame(columns=EPOCH_COLUMNS, dtype=float)
+    path, best, patience = folder / "metrics.csv", record["best_epoch"], record["args"]["patience"]
+    epochs = _read_table(path, EPOCH_COLUMNS, LATER_EPOCH_COLUMNS)
+    for name in epochs:
+        epochs[name] = _numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
+    planned = record.get("epochs", record["args"]["epochs"])  # with --max_steps, not as many as --epochs
+    ended = min(planned, best + patience) if patience else planned
+    if list(epochs["epoch"]) != list(range(1, ended + 1)):
+        raise InputError(f"{path} is truncated or was changed: it must have the epochs 1 to {ended}, in order")
+    return epochs
 
 
 def _check_record(folder, record):
-    """Raise InputError unless run.json is that of a finished training run and has every field that is read of it."""
-
-    def is_number(value):
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Raise InputError unless run.json is that of a finished training run, or of the scoring of an untrained model, and
+    has every field that is read of it."""
 
     record["scoring"] = record.get("eval_only") or {**record["args"], "content": record.get("content", {})}
-    if isinstance(record["args"], dict) and record["args"].get("eval_only"):
+    untrained = record["method"] == "base"
+    if isinstance(record["args"], dict) and record["args"].get("eval_only") and not untrained:
         raise InputError(f"{folder} has a checkpoint that was only scored (--eval_only), not a training run")
-    if record.get("final") is None or record.get("wall_time_seconds") is None or (folder / "last").exists():
+    unfinished = record.get("wall_time_seconds") is None and not untrained
+    if unfinished or record.get("final") is None or (folder / "last").exists():
         raise InputError(f"{folder} has a run that is not finished: let it finish first, or leave it out")
     held_out = ["holdout.metrics.f1"] if record.get("holdout") else []
     for names, wanted, is_right in (
         (TEXTS, "text", lambda value: isinstance(value, str)),
-        (COUNTS, "a number above 0", lambda value: is_number(value) and value > 0),
-        (NUMBERS + held_out, "a number", is_number),
-        (NUMBERS_OR_NULL, "a number or null", lambda value: value is None or is_number(value)),
+        (
+            COUNTS + ([] if untrained else OF_TRAINING),
+            "a number above 0",
+            lambda value: _is_number(value) and value > 0,
+        ),
+        (NUMBERS + held_out, "a number", _is_number),
+        (NUMBERS_OR_NULL, "a number or null", lambda value: value is None or _is_number(value)),
     ):
         for name in names:
             value = record
@@ -352,13 +398,18 @@ def _check_record(folder, record):
             if not is_right(value):
                 name = name.replace("scoring", "eval_only" if record.get("eval_only") else "args")
                 raise InputError(f"{folder / 'run.json'}: {name} must be {wanted}, not {json.dumps(value):.80}")
-    if record["method"] not in ("full", "lora"):
-        raise InputError(f"{folder / 'run.json'}: method must be full or lora, not {record['method']!r:.80}")
+    if record["method"] not in ("full", "lora", "base"):
+        raise InputError(f"{folder / 'run.json'}: method must be full, lora or base, not {record['method']!r:.80}")
     record["final"] = {metric.name: record["final"].get(metric.name) for metric in METRICS}  # null if missing
 
 
-def _read_table(path, columns):
-    """`columns` of a CSV file that a run wrote, as text. Raises InputError unless the file is there and complete."""
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_table(path, columns, optional=()):
+    """`columns` of a CSV file that a run wrote, and `optional` ones if it has them, as text. Raises InputError unless
+    the file is there and complete."""
     import pandas as pd
 
     try:
@@ -375,7 +426,7 @@ def _read_table(path, columns):
     broken = [number for number, row in enumerate(rows, start=1) if None in row or None in row.values()]
     if broken or not rows or not text.endswith("\n"):
         raise InputError(f"{path} is truncated or was changed: row {broken[0] if broken else len(rows)} is incomplete")
-    return pd.DataFrame(rows)[columns]
+    return pd.DataFrame(rows)[columns + [name for name in optional if name in reader.fieldnames]]
 
 
 def _numbers(path, column, low, high):

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -27,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import contract
 from pipeline.errors import InputError, reason
-from pipeline.fast_cpu import use_torch_kernels
+from pipeline.fast_cpu import use_fast_kernels
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 
 # Where a hub repository has pickled weights alone, transformers would take converted ones from anybody's pull request.
@@ -84,7 +85,7 @@ def _load(where, model_name, cached):
     # transformers 5 says "tied" of every T5. Saved like that, transformers 4 would tie the separate lm_head of a
     # flan-t5 or t5-v1_1 again, silently, and answer nonsense. It also scales the output of what is said to be tied.
     model.config.tie_word_embeddings = tied and scaled
-    use_torch_kernels(model)
+    use_fast_kernels(model)
     return model, tokenizer
 
 
@@ -184,6 +185,22 @@ def silence():
             transformers_logging.enable_progress_bar()
 
 
+def matrices_to_adapt(model, names):
+    """The names of a T5's matrices that --target_modules means, without repeats.
+
+    names: the matrices' own names; `attention`: those of self- and cross-attention; `all-linear`: every one but
+    lm_head, as peft means it. Raises InputError for another name.
+    """
+    there = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    inner = sorted(there - {"lm_head"})  # the output layer is adapted only if it is named
+    short = {"all-linear": inner, "attention": [name for name in inner if name in ("q", "k", "v", "o")]}
+    unknown = [name for name in names if name not in there and name not in short]
+    if unknown:
+        offered = f"this model has {', '.join(inner)}; all-linear and attention are short for several"
+        raise InputError(f"--target_modules {' '.join(unknown)}: {offered}")
+    return list(dict.fromkeys(each for name in names for each in short.get(name, [name])))
+
+
 def hold_in_bf16(model):
     """Convert a frozen model, such as the base of an adapter, to bfloat16: half the memory. Its logits stay float32, so
     that a loss keeps its digits."""
@@ -199,6 +216,45 @@ def use_gradient_checkpointing(model, **options):
     """
     # Reentrant checkpointing needs inputs that require a gradient, and those of a LoRA model's first layer do not.
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
+
+
+def target_positions(labels):
+    """The positions in labels.flatten() that are no padding, int64, filled up to a multiple of 16 with -1.
+
+    On a GPU it is None, for all: counting them would make each step wait for the GPU.
+    """
+    if not labels.is_cpu:
+        return None
+    positions = (labels != LABEL_PAD).flatten().nonzero().squeeze(1)
+    # oneDNN compiles and keeps a kernel for each size that it meets.
+    return F.pad(positions, (0, -len(positions) % 16), value=-1)
+
+
+def target_logits(model, batch, positions=None):
+    """(logits, labels) of a batch for the loss: float (tokens, vocabulary) and int64 (tokens,), -100 where none counts.
+
+    model: a T5 model or a PeftModel, as it is or wrapped for several processes. positions: of `target_positions`. The
+    output layer, which is a third of a step's work, computes no others: half of a batch's targets is padding.
+    """
+    labels = batch["labels"]
+    whole = next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
+
+    def select(module, inputs):
+        return inputs[0].flatten(0, 1) if positions is None else inputs[0].flatten(0, 1)[positions]
+
+    hook = whole.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=whole.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,  # a copy of keys and values that only a search uses
+        ).logits
+    finally:
+        hook.remove()
+    if positions is None:
+        return logits, labels.flatten()
+    return logits, labels.flatten()[positions].masked_fill(positions < 0, LABEL_PAD)
 
 
 class SearchCache(EncoderDecoderCache):

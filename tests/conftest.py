@@ -390,7 +390,7 @@ def end_of(script, folder):
 
     run = json.loads((folder / "run.json").read_text())
     kept = ("method", "identity", "final", "best_epoch", "skipped_steps", "batch_size_used", "finished")
-    timing = ["epoch_seconds", "steps_per_sec", "samples_per_sec", "peak_vram_mb"]
+    timing = ["epoch_seconds", "steps_per_sec", "samples_per_sec", "peak_vram_mb", "seconds_since_start"]
     texts = ("train_loss.csv", "validation_predictions.csv", "breakdown.csv", "test_answers.json")
     return {
         "metrics": pd.read_csv(folder / "metrics.csv").drop(columns=timing).to_csv(),

@@ -50,7 +50,9 @@ def test_what_the_final_evaluation_needs_is_tried_before_training(tmp_path):
     assert not (tmp_path / "run").exists() and "epoch" not in done.stdout
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("latin-1", "cp1252"))]
+)
 def test_a_console_that_is_not_utf8(tmp_path, finished_runs, encoding):
     environ = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PATH": os.devnull}
 

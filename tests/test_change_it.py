@@ -33,8 +33,8 @@ ROW, TENSOR, NAMES = '"grad_norm": grad_norm', "[step_loss, grad_norm, step_toke
 # {what the README calls it: the edits}
 RECIPES = {
     "the optimizer": [
-        Change(FULL, "build_optimizer", "torch.optim.AdamW(", "torch.optim.SGD("),
-        Change(FULL, "build_optimizer", "lr=lr, fused=True)", "lr=lr)"),
+        Change("pipeline/optimizers.py", "build_optimizer", "torch.optim.AdamW(", "torch.optim.SGD("),
+        Change("pipeline/optimizers.py", "build_optimizer", "lr=lr, fused=True)", "lr=lr)"),
     ],
     "the prompt": [
         Change("helper_functions.py", "PROMPT", r"Question: {question}\nTweet: {tweet}", r"{tweet}\nQ: {question}"),
@@ -142,7 +142,7 @@ def test_another_metric(changed):
         cells.append(f"{100 * mean:.1f}")
     assert cells != ["0.0", "0.0"]
     report = (changed / "comparison" / "comparison.md").read_text()
-    assert f"| word precision | {cells[0]} | {cells[1]} |" in report  # the table of both runs
+    assert f"| validation word precision | {cells[0]} | {cells[1]} |" in report  # the table of both runs
     assert re.search(r"^\| word precision \| .* to .* \|$", report, flags=re.MULTILINE)  # the difference's interval
     assert "precision" in pd.read_csv(changed / "comparison" / "comparison.csv")
 

@@ -290,9 +290,8 @@ def test_a_run_prints_how_the_columns_were_taken(tmp_path):
     other = json.dumps(renamed(ROWS, ["question", "context", "answers", "id"], squad_answers))
     folder = write_splits(tmp_path, "train.json", other, other)
     (folder / "test.json").write_text(json.dumps(renamed(ROWS, ["question", "context", None, "id"])))
-    args = Namespace(
-        dataset=str(folder), drop_leaked=False, holdout=0, seed=0, max_train_samples=None, max_eval_samples=None
-    )
+    everything = {"holdout": 0, "train_subset": None, "max_train_samples": None, "max_eval_samples": None}
+    args = Namespace(dataset=str(folder), drop_leaked=False, **everything)
     selected = select_rows(args)
     assert selected.rows["train"] == selected.rows["validation"] == ROWS
     assert selected.rows["test"] == [row | {"Answer": []} for row in ROWS]

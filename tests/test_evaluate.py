@@ -31,6 +31,7 @@ def lora_model(standin):
 
     torch.manual_seed(1)
     args = Namespace(lora_r=4, lora_alpha=32, lora_dropout=0.5, target_modules=["q", "v"], base_dtype="fp32")
+    args.use_rslora = args.use_dora = False
     lora = add_lora(load_model_and_tokenizer(str(standin))[0], args)
     for name, weight in lora.named_parameters():
         if "lora_B" in name:

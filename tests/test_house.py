@@ -1,7 +1,7 @@
 """The house is in order: imports run one way, files and functions have a size that one can read, libraries are named.
 
 pipeline/ <- helper_functions.py <- the training scripts
-pipeline/ <- compare_runs.py <- study.py
+pipeline/ <- compare_runs.py <- study.py, which also takes the LoRA script's list of flags to check a plan
 """
 
 import ast
@@ -19,7 +19,7 @@ ABOVE_PIPELINE = {
     "tweet_qa_main": {"helper_functions"},
     "tweet_qa_main_lora": {"helper_functions", "tweet_qa_main"},
     "compare_runs": set(),
-    "study": {"compare_runs"},
+    "study": {"compare_runs", "tweet_qa_main_lora"},
 }
 LONGEST_FILE, SHORTEST_FILE, LONGEST_FUNCTION = 600, 25, 80
 

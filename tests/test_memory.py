@@ -29,9 +29,10 @@ from conftest import (
     write_standin,
 )
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
 from helper_functions import (
-    LengthGroupedSampler,
+    EpochSampler,
     TweetQADataset,
     answer,
     build_collate_fn,
@@ -41,10 +42,10 @@ from helper_functions import (
 )
 from pipeline.arguments import build_parser
 from pipeline.checkpoint import load_checkpoint
-from pipeline.fast_cpu import use_fast_dropout
+from pipeline.fast_cpu import use_fast_training
 from pipeline.memory import LiveBytes, largest_batch, memory_lines, training_memory
 from pipeline.resume import LoopState
-from pipeline.t5 import use_gradient_checkpointing
+from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
 from tweet_qa_main import Prepared, build_optimizer, train_epoch
 from tweet_qa_main_lora import add_lora
 
@@ -65,8 +66,8 @@ def load(folder, method, checkpointing=False, base_dtype="fp32"):
     model = load_model_and_tokenizer(str(folder))[0]
     if method == "lora":
         options = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q", "v", "wo"]}
-        model = add_lora(model, Namespace(**options, base_dtype=base_dtype))
-    use_fast_dropout(model)
+        model = add_lora(model, Namespace(**options, base_dtype=base_dtype, use_rslora=False, use_dora=False))
+    use_fast_training(model, alone=True)
     if checkpointing:
         use_gradient_checkpointing(model)
     return model.train()
@@ -256,11 +257,11 @@ def test_the_copy_without_memory_takes_what_the_model_would(
     state = torch.get_rng_state()
     estimated = training_memory(model, batch, CPU, optimizer_of, accumulate=True)
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    weights = list(model.parameters())
+    weights, positions = list(model.parameters()), target_positions(batch["labels"])
     assert all(weight.grad is None and type(weight.data) is torch.Tensor for weight in weights)
     with LiveBytes(weights + list(model.buffers())) as live:
         for _ in range(2):
-            model(**batch, use_cache=False).loss.backward()
+            F.cross_entropy(*target_logits(model, batch, positions)).backward()
     assert (live.peak - live.peak_gradients, live.peak_gradients) == (estimated["activations"], estimated["gradients"])
     optimizer = optimizer_of(model)
     optimizer.step()
@@ -284,7 +285,7 @@ def test_checkpointing_and_a_frozen_base_need_less(standin, tokenizer, rows):
 
 def test_no_batch_of_an_epoch_takes_more_than_the_one_that_is_chosen(standin, tokenizer, rows):
     data = TweetQADataset(rows, tokenizer)
-    sampler = LengthGroupedSampler(data, 8, seed=3)
+    sampler = EpochSampler(len(data), seed=3)
     model = load(standin, "full")
     order = list(sampler)
 
@@ -353,7 +354,7 @@ DEMO_METHOD = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
 def test_the_demo_takes_what_it_said_it_would(script, tmp_path, minilm):
     """As `make demo` starts it, for one epoch."""
     estimated, peak = estimate_and_peak(

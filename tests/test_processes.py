@@ -25,7 +25,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from helper_functions import LABEL_PAD, InputError, answer, eval_loader, train_loader
 from pipeline.devices import counted_batches, sharding
 
-TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec")
+TIMES = ("epoch_seconds", "steps_per_sec", "samples_per_sec", "seconds_since_start")
 
 
 def free_port():
@@ -337,7 +337,7 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 def test_each_example_counts_once_in_one_of_the_processes(lengths, batch_size, processes, done):
     counted, batches = [], set()
     for process in range(processes):
-        loader = train_loader(Examples(lengths), batch_size, collate, 0, processes)
+        loader = train_loader(Examples(lengths), batch_size, collate, 0)
         loader = prepare_data_loader(loader, num_processes=processes, process_index=process, put_on_device=False)
         accelerator = SimpleNamespace(num_processes=processes, process_index=process)
         batches.add(len(loader))

@@ -42,8 +42,10 @@ def test_a_holdout_of_all_rows_or_more_is_refused(count):
 
 
 def chosen(tweet_qa, **given):
-    defaults = {"dataset": str(tweet_qa), "holdout": 0, "drop_leaked": False, "seed": 42}
-    return select_rows(Namespace(**defaults | {"max_train_samples": None, "max_eval_samples": None} | given))
+    defaults = {"dataset": str(tweet_qa), "holdout": 0, "drop_leaked": False, "holdout_seed": 42}
+    return select_rows(
+        Namespace(**defaults | {"max_train_samples": None, "train_subset": None, "max_eval_samples": None} | given)
+    )
 
 
 def test_holdout_on_the_real_data(tweet_qa):
@@ -54,7 +56,7 @@ def test_holdout_on_the_real_data(tweet_qa):
     keys = {role: {tweet_key(row["Tweet"]) for row in rows[role]} for role in rows}
     assert not keys["holdout"] & (keys["train"] | keys["validation"])
     assert chosen(tweet_qa, holdout=500).held_out == numbers
-    others = chosen(tweet_qa, holdout=500, seed=43).held_out
+    others = chosen(tweet_qa, holdout=500, holdout_seed=43).held_out
     assert len(set(others) & set(numbers)) < 100  # another seed chooses other rows
 
 

@@ -104,7 +104,8 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:1000])
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[1], pytest.param(SCRIPTS[0], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_damaged_folder_is_not_resumed(place, stopped, tmp_path, monkeypatch, capfd, script):
     """What accelerate saved may have come from a stranger: nothing of it is unpickled but tensors and numbers."""
     monkeypatch.chdir(tmp_path)

@@ -76,7 +76,7 @@ def test_the_console_shows_what_is_promised_and_nothing_else(runs, script):
         r"data: .+ \| 44 train rows \| 24 validation rows \| 20 holdout rows \| 24 test rows",
         r"check: \d+ training rows repeat \| the tweets of 6 validation and 1 test rows are also in train"
         r" \| \d+ tweets have .+ \(<unk>\)",
-        r"model: .+ parameters trained \(.+%\) \| cpu, fp32",
+        r"model: .+ parameters trained \(.+%\) \| cpu, fp32" + (r" \| adapter on q, v" if script == LORA else ""),
         r"memory: about [\d,]+ MB at the peak \(weights 1[67], gradients \d+, optimizer \d+, activations \d+,"
         r" heap fragmentation \d+, process overhead [\d,]+\) of [\d,]+ MB",
         r"steps: 3 per epoch \| effective batch 16",
@@ -106,6 +106,7 @@ def test_the_run_folder_holds_each_promised_file(runs, script):
     metrics = pd.read_csv(folder / "metrics.csv")
     assert list(metrics) == (
         "epoch train_loss val_loss em f1 avg_sem_sim epoch_seconds steps_per_sec samples_per_sec peak_vram_mb"
+        " seconds_since_start"
     ).split(" ")
     assert metrics["epoch"].tolist() == [1, 2] and metrics.notna().all(axis=None)
     steps = pd.read_csv(folder / "train_loss.csv")
@@ -128,6 +129,9 @@ def test_run_json_tells_the_whole_run(runs, script, standin, tweet_qa):
     assert set(run["final"]) == {"val_loss", "f1", "em", "avg_sem_sim", "bleu1", "rougeL", "meteor"}
     assert set(run["holdout"]["metrics"]) == set(run["final"]) and len(run["holdout"]["rows"]) == 20
     assert run["checkpoint_bytes"] == (folder / WEIGHTS[script]).stat().st_size
+    since = metrics["seconds_since_start"]
+    assert metrics["epoch_seconds"].sum() < since.max() < run["wall_time_seconds"] and since.is_monotonic_increasing
+    assert run["answers_per_second"] > 0 and run["epochs"] == 2 and run["train_rows"] == 44
     assert run["wall_time_seconds"] > metrics["epoch_seconds"].sum() and run["peak_ram_mb"] > 100
     assert f"memory: about {run['estimated_peak_mb']:,.0f} MB at the peak" in done.stdout
     shown = f"val_loss={run['final']['val_loss']:.4f} F1={run['final']['f1']:.4f}"
@@ -154,7 +158,7 @@ def test_predictions_are_those_of_the_first_rows_in_order(runs, script, tweet_qa
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_same_seed_gives_the_same_metrics_and_another_others(runs, script, tmp_path, standin, tweet_qa, minilm):
-    timing = ["epoch_seconds", "steps_per_sec", "samples_per_sec", "peak_vram_mb"]
+    timing = ["epoch_seconds", "steps_per_sec", "samples_per_sec", "peak_vram_mb", "seconds_since_start"]
 
     def read(folder):
         return (
@@ -169,7 +173,7 @@ def test_the_same_seed_gives_the_same_metrics_and_another_others(runs, script, t
     assert read(tmp_path / "other")[1].splitlines()[1:4] != read(runs[script][1])[1].splitlines()[1:4]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
 def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path):
     """From the folder alone: data, rows, lengths and similarity model are the run's, the base of an adapter is what its
     own config names."""
@@ -185,13 +189,16 @@ def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path
         assert (copy / name).read_bytes() == (folder / name).read_bytes()
     before, after = (json.loads((where / "run.json").read_text()) for where in (folder, copy))
     scored = after.pop("eval_only")
-    assert after == before and (copy / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    speeds = [record.pop("answers_per_second") for record in (before, after)]
+    assert (
+        min(speeds) > 0 and after == before and (copy / "README.md").read_bytes() == (folder / "README.md").read_bytes()
+    )
     names = ("dataset", "sem_model", "max_input_len", "max_eval_samples", "holdout", "seed", "final_beams")
     assert [scored[name] for name in names] == [before["args"][name] for name in names]
     weights = WEIGHTS[script]
     assert (copy / weights).read_bytes() == (folder / weights).read_bytes()
 
-    other = run_script(script, "--eval_only", "--save_dir", copy, "--seed", 7)
+    other = run_script(script, "--eval_only", "--save_dir", copy, "--holdout_seed", 7)
     assert other.returncode == 2 and "these are not the rows that the run set aside" in other.stderr
     short = run_script(script, "--eval_only", "--save_dir", copy, "--holdout", 0, "--max_input_len", 16, "--seed", 7)
     assert short.returncode == 0 and final_line(short) != final_line(done), short.stderr
@@ -317,7 +324,7 @@ def test_without_similarity_and_with_patience(tmp_path, standin, tweet_qa):
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["avg_sem_sim"].isna().all()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [FULL, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_a_run_learns_32_real_rows_by_heart(script, tmp_path, tweet_qa, flan_t5_files):
     """Rows with the longest answers are among them, so an F1 near 1 also shows that no answer is out of reach.
 

@@ -12,7 +12,7 @@ from conftest import PROJECT
 from transformers import AutoModelForSeq2SeqLM
 
 from helper_functions import TweetQADataset, build_collate_fn, build_loader, evaluate, load_model_and_tokenizer
-from pipeline.fast_cpu import FastDropout, fast_dropout, fast_dropout_attention, use_fast_dropout
+from pipeline.fast_cpu import FastDropout, attend, fast_dropout, use_fast_training
 
 
 def first_batch(rows, tokenizer):
@@ -96,7 +96,7 @@ def test_attention_with_dropout_computes_what_sdpa_does(model, transformers_own,
         batch = {name: tensor[:1] for name, tensor in batch.items()}
         length = batch["attention_mask"].sum()
         batch |= {name: batch[name][:, :length] for name in ("input_ids", "attention_mask")}
-    use_fast_dropout(model)
+    use_fast_training(model, alone=True)
     for each in (model, transformers_own):
         for module in each.train().modules():
             if isinstance(module, torch.nn.Dropout):
@@ -116,14 +116,14 @@ def test_attention_with_dropout_computes_what_sdpa_does(model, transformers_own,
 def test_dropout_in_attention_zeroes_its_share_of_the_weights_and_nothing_in_eval_mode(model, tokenizer, rows):
     module, size = model.encoder.block[0].layer[0].SelfAttention, 400
     even, one_hot = torch.zeros(1, 1, size, size), torch.eye(size)[None, None]
-    weights, _ = fast_dropout_attention(module, even, even, one_hot, None, dropout=0.1, position_bias=even)
+    weights, _ = attend(module, even, even, one_hot, None, dropout=0.1, position_bias=even)
     assert weights.max().item() * size == pytest.approx(1 / 0.9, rel=1e-4)
     assert (weights == 0).float().mean().item() == pytest.approx(0.1, abs=0.003)
     batch = first_batch(rows, tokenizer)
     del batch["index"]
     with torch.no_grad():
         before = model.eval()(**batch).logits
-        use_fast_dropout(model)
+        use_fast_training(model, alone=True)
         assert torch.equal(model(**batch).logits, before)
         assert not torch.equal(model.train()(**batch).logits, before)
 
@@ -135,13 +135,22 @@ def lora_model(model):
     from tweet_qa_main_lora import add_lora
 
     return add_lora(
-        model, Namespace(lora_r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q", "v"], base_dtype="fp32")
+        model,
+        Namespace(
+            lora_r=4,
+            lora_alpha=8,
+            lora_dropout=0.1,
+            target_modules=["q", "v"],
+            base_dtype="fp32",
+            use_rslora=False,
+            use_dora=False,
+        ),
     )
 
 
 def test_lora_computes_no_gradient_that_no_weight_needs(lora_model, tokenizer, rows):
     """None of a frozen weight, and none of an activation before the first adapter."""
-    use_fast_dropout(lora_model)
+    use_fast_training(lora_model, alone=True)
     assert sum(type(module) is FastDropout for module in lora_model.modules()) > 20
     needs_gradient = {}
     lora_model.train()

@@ -19,7 +19,7 @@ def load(folder, lora=False):
     model = load_model_and_tokenizer(str(folder))[0]
     if lora:
         options = {"lora_r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": ["q", "v"]}
-        model = add_lora(model, Namespace(**options, base_dtype="fp32"))
+        model = add_lora(model, Namespace(**options, base_dtype="fp32", use_rslora=False, use_dora=False))
     return model
 
 
@@ -111,8 +111,18 @@ OPTIMIZERS = {
     "AdamW, fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=True),
     "AdamW, not fused": lambda weights: torch.optim.AdamW(weights, lr=1e-2, fused=False),
     "SGD with momentum": lambda weights: torch.optim.SGD(weights, lr=1e-2, momentum=0.9, weight_decay=0.01),
-    "Adafactor": lambda weights: torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.01),
+    "torch's Adafactor": lambda weights: torch.optim.Adafactor(weights, lr=1e-2, weight_decay=0.01),
+    "--optim adafactor": lambda weights: build_optimizer(holding(weights), 1e-2, 10, optim="adafactor", warmup_steps=0)[
+        0
+    ],
 }
+
+
+def holding(weights):
+    """A module with these weights."""
+    module = torch.nn.Module()
+    module.weights = torch.nn.ParameterList(weights)
+    return module
 
 
 def state_of(optimizer):
@@ -149,12 +159,12 @@ def test_another_optimizer_skips_a_step_that_is_not_finite(calm, tokenizer, rows
 
 
 def spoilt(forward):
-    """The forward pass of a model, with a loss that is not a number."""
+    """The forward pass of a model, with logits that are not numbers."""
 
     @functools.wraps(forward)
     def wrapped(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.loss = output.loss * float("nan")
+        output.logits = output.logits * float("nan")
         return output
 
     return wrapped
