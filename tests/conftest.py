@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -247,7 +247,8 @@ class Script:
         return not select.select([self.connection], [], [], 0)[0]
 
     def send(self, number):
-        os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(self.pid, number)
 
     def wait(self, timeout=600):
         """The finished process, with its text output; it is killed if it takes longer."""
