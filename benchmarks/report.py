@@ -63,7 +63,7 @@ def table(found):
         row("validation after an epoch: 1 beam in this project, 5 beams in the others (s)", own, 1, -1)
     if "start_up_seconds" in found:
         row("start to the end of the first step (s)", found["start_up_seconds"], 1, -1)
-    for method in ("full", "LoRA"):
+    for method in [method for method in ("full", "LoRA") if method in found["f1"]]:
         cells = []
         for name in CONTENDERS:
             values = [100 * value for value in found["f1"][method][name]]
