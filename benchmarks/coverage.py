@@ -12,7 +12,6 @@ The random numbers have fixed seeds: the figures are the same on every machine.
 """
 
 import argparse
-import json
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from scipy import optimize, special, stats
 
+from benchmarks.report import save
 from benchmarks.run import RESULTS, device_name, say
 from pipeline.statistics import Estimate, Seeds, costs_at_most, detectable, difference, mean_interval, seeds_needed
 
@@ -378,12 +378,9 @@ def main(argv=None):
         found["settings"][setting.name] = each | {"setting": described, "estimate": asdict(each["estimate"])}
         if setting.name in ("3 seeds", "5 seeds", "demo, 3 seeds"):
             found["power"][setting.name] = power(setting, each["estimate"], studies)
-    options.out.mkdir(parents=True, exist_ok=True)
     base = options.out / ("coverage-quick" if options.quick else "coverage")
-    base.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-    base.with_suffix(".md").write_text(table(found))
-    draw(found, base.with_suffix(".png"))
-    say(f"wrote {base}.json, .md and .png")
+    for path in save(found, base, table, draw):
+        say(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,13 @@ CONTENDERS = {"this_project": "this project", "plain_loop": "plain loop", "hf_tr
 
 def write(found, folder):
     """Write the figures, the table and the plot, named after the device. Returns the three paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = slug(found["device"]) + ("-quick" if found["quick"] else "")
-    paths = [folder / f"{name}.{ending}" for ending in ("json", "md", "png")]
+    return save(found, folder / (slug(found["device"]) + ("-quick" if found["quick"] else "")), table, draw)
+
+
+def save(found, base, table, draw):
+    """Write the figures to base.json, table(found) to base.md, and draw(found, path) to base.png. Returns the paths."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    paths = [base.with_suffix(f".{ending}") for ending in ("json", "md", "png")]
     paths[0].write_text(json.dumps(found, indent=2) + "\n")
     paths[1].write_text(table(found))
     draw(found, paths[2])

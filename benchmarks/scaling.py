@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.report import slug
+from benchmarks.report import save, slug
 from benchmarks.run import DEMO, HERE, RESULTS, SHARED, device_name, say
 from benchmarks.standin import FLAN_T5_SMALL, write_standin
 
@@ -108,12 +108,9 @@ def main(argv=None):
         flan = write_standin(Path(folder, "flan-t5-small's shape"), SHARED / "flan_t5_small", **FLAN_T5_SMALL)
         for name, model, rows in (("demo model", DEMO / "tiny-t5", 2500), (flan.name, flan, 128)):
             found["processes"][name] = by_processes(model, rows, options.rounds)
-    options.out.mkdir(parents=True, exist_ok=True)
     base = options.out / f"scaling-{slug(found['device'])}"
-    base.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-    base.with_suffix(".md").write_text(table(found))
-    draw(found, base.with_suffix(".png"))
-    say(f"wrote {base}.json, .md and .png")
+    for path in save(found, base, table, draw):
+        say(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def check_has_checkpoint(folder):
     or_name = "to score a model as it is, give tweet_qa_main.py --model_name and a new folder"
     if not folder.is_dir():
         raise InputError(
-            f"--save_dir {folder}: there is no such folder; --eval_only needs one with a checkpoint ({or_name})"
+            f"--save_dir {folder}: this folder does not exist; --eval_only needs one with a checkpoint ({or_name})"
         )
     if not has_checkpoint(folder):
         raise InputError(f"--save_dir {folder} has no checkpoint (no config.json, no adapter_config.json); {or_name}")

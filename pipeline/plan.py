@@ -140,7 +140,7 @@ def _methods(number, table, common, parsers):
     if not isinstance(script, str):
         raise _Wrong(f"{where}script: must be {' or '.join(parsers)}, {_not(script)}")
     if script not in parsers:
-        raise _Wrong(f"{where}script: there is no training script {script}; choose {' or '.join(parsers)}")
+        raise _Wrong(f"{where}script: unknown training script {script}; choose {' or '.join(parsers)}")
     own = {key: value for key, value in table.items() if key not in ("name", "script")}
     values, axes = _values(where, own, common, script, parsers[script])
     rates = sorted(values.pop("lr", []))
@@ -186,7 +186,7 @@ def _check_keys(where, table, known):
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise _Wrong(f"{where}{key}: there is no such key" + (f" (did you mean {near[0]}?)" if near else ""))
+            raise _Wrong(f"{where}{key}: unknown key" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
 def _flag(where, key, script, parser):

@@ -316,7 +316,7 @@ def _rows_of_object(whole, path, split):
         return [dict(zip(map(str, columns), row, strict=True)) for row in whole["data"]]
     splits = [name for name in names if name in _SPLIT_OF and isinstance(whole[names[name]], (list, dict))]
     if len(splits) > 1:
-        raise InputError(f"{path} has the splits {' and '.join(splits)}: write each to a file of its own")
+        raise InputError(f"{path} has the splits {' and '.join(splits)}: write each to a separate file")
     if splits and _SPLIT_OF[splits[0]] != split:
         raise InputError(f"{path} is the {split} file, and has the split {splits[0]!r}: rename one of them")
     keys = splits or [name for name in ("data", "rows", "examples", "records") if name in names]

@@ -387,7 +387,7 @@ def with_the_runs_holdout(args):
 
 
 def scores_untrained(args, former, method):
-    """Whether --eval_only scores --model_name itself, in a folder of its own, and not a checkpoint in --save_dir.
+    """Whether --eval_only scores --model_name itself, in a separate folder, and not a checkpoint in --save_dir.
 
     former: the run.json in --save_dir, or None. method: "full" or "lora", of the script. Raises InputError if neither
     can be done.

@@ -303,7 +303,7 @@ def read_run(folder):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: there is no such folder; give one that a training script wrote (--save_dir)")
+        raise InputError(f"{folder}: this folder does not exist; give one that a training script wrote (--save_dir)")
     record = read_run_json(folder)
     if record is None:
         problem = "is not the record of a run" if (folder / "run.json").exists() else "is missing"

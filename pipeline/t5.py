@@ -50,7 +50,7 @@ def load_model_and_tokenizer(model_name, cached=False, flag="--model_name"):
     """
     where = f"{flag} {model_name}"
     if is_local(model_name) and not Path(model_name).is_dir():
-        raise InputError(f"{where}: there is no such folder; give a hub id or a model folder")
+        raise InputError(f"{where}: this folder does not exist; give a hub id or a model folder")
     if Path(model_name, "adapter_config.json").exists():
         raise InputError(f"{where} is a LoRA adapter: give the folder or hub id of its base model")
     if is_local(model_name) and not Path(model_name, "config.json").is_file():

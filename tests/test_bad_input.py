@@ -118,8 +118,8 @@ def test_wrong_models(place, capfd, minilm):
     def refused(name, message):
         assert_refused(place, capfd, message, "--model_name", name)
 
-    refused("./nowhere", "--model_name ./nowhere: there is no such folder")
-    refused("data/train.json", "--model_name data/train.json: there is no such folder")
+    refused("./nowhere", "--model_name ./nowhere: this folder does not exist")
+    refused("data/train.json", "--model_name data/train.json: this folder does not exist")
     (place / "empty").mkdir()
     refused("empty", "--model_name empty: the model in this folder cannot be loaded")
     copy_model(place, "no_weights", without=["*.safetensors"])
@@ -203,7 +203,7 @@ def test_eval_only_of_what_is_no_checkpoint(place, capfd, minilm, script):
         assert_refused(place, capfd, message, "--eval_only", "--save_dir", folder, script=script)
 
     if script == LORA:  # the other script scores the model itself in a new folder
-        refused("nowhere", "--save_dir nowhere: there is no such folder; --eval_only needs one with a checkpoint")
+        refused("nowhere", "--save_dir nowhere: this folder does not exist; --eval_only needs one with a checkpoint")
     refused("data", "data has no checkpoint" if script == LORA else "data contains train.json and 1 more, which no run")
     refused(str(minilm), "is a BERT model, which cannot be loaded here")
     weights = copy_model(place, "cut_off") / "model.safetensors"

@@ -427,11 +427,11 @@ def test_what_is_no_two_runs_is_refused(two, tmp_path, capsys):
     assert "given twice" in refusal(capsys, two[0], two[1], tmp_path / "lora" / ".." / "full", out=out)
     copy = shutil.copytree(two[0], tmp_path / "copy")
     assert "same method, arguments and seed" in refusal(capsys, two[0], two[1], copy, out=out)
-    assert "no such folder" in refusal(capsys, two[0], tmp_path / "nothing", out=out)
+    assert "this folder does not exist" in refusal(capsys, two[0], tmp_path / "nothing", out=out)
     (tmp_path / "file").write_text("x")
-    assert "no such folder" in refusal(capsys, two[0], tmp_path / "file", out=out)
+    assert "this folder does not exist" in refusal(capsys, two[0], tmp_path / "file", out=out)
     readme = re.search(r"^python compare_runs.py (.+)$", (PROJECT / "README.md").read_text(), flags=re.MULTILINE)
-    assert "no such folder" in refusal(capsys, *readme[1].split(), out=out)  # understood, but not run yet
+    assert "this folder does not exist" in refusal(capsys, *readme[1].split(), out=out)  # understood, but not run yet
     with pytest.raises(SystemExit) as end:
         compare_runs.main(["a", "b", "--seed", "1"])
     assert end.value.code == 2 and re.fullmatch(r"error: .*--seed.*\n", capsys.readouterr().err)

@@ -74,7 +74,10 @@ def test_json_lines_are_read_whatever_they_are_called(tmp_path):
 
 
 REFUSED_JSON = {
-    "two splits": ({"train": ROWS, "validation": ROWS}, "has the splits train and validation: write each to a file"),
+    "two splits": (
+        {"train": ROWS, "validation": ROWS},
+        "has the splits train and validation: write each to a separate file",
+    ),
     "another split": ({"dev": ROWS}, "is the train file, and has the split 'dev': rename one of them"),
     "two lists": (
         {"mine": ROWS, "yours": ROWS},

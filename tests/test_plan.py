@@ -96,7 +96,7 @@ def test_each_untrained_model_is_scored_once(plan_of):
 
 
 WRONG = {
-    "unknown top key": (("seeds = [0, 1]", "seed = [0]"), "seed: there is no such key (did you mean seeds?)"),
+    "unknown top key": (("seeds = [0, 1]", "seed = [0]"), "seed: unknown key (did you mean seeds?)"),
     "unknown argument": (("lora_r = [1, 4]", "lora_rank = 4"), r'method "LoRA": lora_rank: .*no such argument'),
     "only of LoRA": (("epochs = 2", "lora_r = 2"), r"\[common\]: lora_r: tweet_qa_main.py has no such argument"),
     "value": (("lora_r = [1, 4]", "lora_r = [1, 0]"), 'method "LoRA": lora_r: must be a whole number of at least 1'),
@@ -114,7 +114,10 @@ WRONG = {
     "number for seeds": (("[0, 1]", "3"), "seeds: must be a list"),
     "seed twice": (("[0, 1]", "[1, 1]"), "seeds: must be a list of different"),
     "list for a script": (('"tweet_qa_main.py"', '["tweet_qa_main.py"]'), 'method "full fine-tuning": script: must be'),
-    "no such script": (('"tweet_qa_main.py"', '"no.py"'), 'method "full fine-tuning": script: there is no .*no.py'),
+    "no such script": (
+        ('"tweet_qa_main.py"', '"no.py"'),
+        'method "full fine-tuning": script: unknown training script .*no.py',
+    ),
     "no script": (('script = "tweet_qa_main.py"', ""), 'method "full fine-tuning": script: must be'),
     "list for a name": (('"LoRA"', '["LoRA"]'), "method 2: name: must be a text"),
     "two of one name": (('"LoRA"', '"Full fine tuning"'), "name: another method is called"),
@@ -126,7 +129,7 @@ WRONG = {
     "seed": (("epochs = 2", "seed = 1"), r"\[common\]: seed: the study sets it"),
     "upload": (("epochs = 2", "push_to_hub = 'a/b'"), r"\[common\]: push_to_hub: a study uploads nothing"),
     "margin": (("[common]", "margin_f1 = '2'\n[common]"), "margin_f1: must be a number"),
-    "no methods": (("[[method]]", "[[methods]]"), "methods: there is no such key"),
+    "no methods": (("[[method]]", "[[methods]]"), "methods: unknown key"),
     "no TOML": (("seeds = [0, 1]", "seeds ="), r"cannot be read .*line 3"),
 }
 

@@ -223,7 +223,7 @@ def test_overwriting_waits_for_good_input_and_removes_only_what_a_run_wrote(plac
         assert_refused_at(capfd, folder, full, arguments(place, full, folder, "--overwrite", *more), message)
 
     refused("does not exist", "--dataset", "./nowhere")
-    refused("there is no such folder", "--model_name", "./nowhere")
+    refused("this folder does not exist", "--model_name", "./nowhere")
     refused("--sem_model ./nowhere is not a sentence-transformers folder", "--sem_model", "./nowhere")
     refused("which --overwrite would remove", "--model_name", folder / "mine")
     assert main_of(full)(arguments(place, full, folder, "--overwrite")) == 0

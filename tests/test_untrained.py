@@ -80,11 +80,13 @@ def test_what_cannot_be_scored_untrained_is_refused(place, base, whole, tmp_path
     (other / "thesis.txt").write_text("mine")
     assert_refused_at(capfd, other, FULL, base_args(place, other), "contains thesis.txt, which no run has written")
     new = tmp_path / "new"
-    assert_refused_at(capfd, new, FULL, base_args(place, new, model=False), "no such folder", "--model_name and a new")
+    assert_refused_at(
+        capfd, new, FULL, base_args(place, new, model=False), "this folder does not exist", "--model_name and a new"
+    )
     push = base_args(place, new, "--push_to_hub", "me/model")
     assert main_of(FULL)(push) == 2 and not new.exists()
     # The script with an adapter scores checkpoints only, and a base folder is no run to resume or to start over.
-    assert_refused_at(capfd, new, LORA, base_args(place, new), "there is no such folder")
+    assert_refused_at(capfd, new, LORA, base_args(place, new), "this folder does not exist")
     assert_refused_at(capfd, base, LORA, base_args(place, base), "use tweet_qa_main.py")
     argv = arguments(place, FULL, base)
     assert_refused_at(
