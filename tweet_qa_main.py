@@ -55,7 +55,7 @@ from pipeline.metrics import metrics_line
 from pipeline.optimizers import build_optimizer, step_if_finite
 from pipeline.resume import LoopState
 from pipeline.step_plan import plan_steps
-from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
+from pipeline.t5 import packed_rows, target_logits, use_gradient_checkpointing
 
 MAX_GRAD_NORM = 1.0  # gradients are clipped to it: a rare large one would undo many steps
 MAX_SKIPPED = 10  # steps in a row whose loss or gradient is not finite, after which the run stops
@@ -356,7 +356,8 @@ def prepare(setup, model, plan):
     args, accelerator = setup.args, setup.accelerator
     data, collate = setup.loaders["train"].dataset, setup.loaders["train"].collate_fn
     accelerator.gradient_accumulation_steps = plan.accumulation
-    use_fast_training(model, alone=accelerator.num_processes == 1)
+    bf16_on_cpu = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
+    use_fast_training(model, alone=accelerator.num_processes == 1, autocast=bf16_on_cpu)
     if args.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if accelerator.device.type == "cpu":
@@ -501,7 +502,7 @@ def train_step(prepared, group, accelerator):
     for position, (batch, tokens) in enumerate(group, start=1):
         with accelerator.no_sync(model) if position < len(group) else nullcontext():
             with accelerator.autocast():  # a sharded model does not do it by itself
-                logits_and_labels = target_logits(model, batch, target_positions(batch["labels"]))
+                logits_and_labels = target_logits(model, batch, packed_rows(batch))
                 mean_loss = F.cross_entropy(*logits_and_labels, label_smoothing=prepared.label_smoothing)
             loss = mean_loss * tokens / step_tokens
             # backward() divides by the accumulation steps and averages over processes; this loss needs neither.

@@ -99,16 +99,18 @@ def use_fast_kernels(model):
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.activations import NewGELUActivation
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.models.t5.modeling_t5 import T5LayerNorm
+    from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):  # transformers 5.17 does not set encoder and decoder by itself
             module.set_attn_implementation(ATTENTION)
+        if isinstance(module, T5Attention):
+            module.register_forward_pre_hook(bias_of_rows, with_kwargs=True)
         for name, part in module.named_children():
             if isinstance(part, T5LayerNorm):
-                norm = torch.nn.RMSNorm(part.weight.shape, eps=part.variance_epsilon)
+                norm = FastNorm(part.weight.shape, eps=part.variance_epsilon)
                 norm.weight = part.weight
                 setattr(module, name, norm.train(part.training))
             elif isinstance(part, NewGELUActivation):
@@ -116,25 +118,71 @@ def use_fast_kernels(model):
     use_fast_products(model)
 
 
+class FastNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, which is T5's norm in one operation. Under autocast on the CPU its output is cast once, in place
+    of once by each of the matrices that read it."""
+
+    def forward(self, x):
+        normed = super().forward(x)
+        return normed.to(torch.get_autocast_dtype("cpu")) if x.is_cpu and torch.is_autocast_enabled("cpu") else normed
+
+
 # -------------------------------------------------------------------------------------------------------- attention
 
 ATTENTION = "fast_cpu"  # its name among transformers' attention functions
 
 
-def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, position_bias=None, **options):
-    """An attention function for transformers: SDPA, and on the CPU in float32 its formula by plain products where that
-    is faster: in training, for dropout by `fast_dropout`, and with one query, where SDPA's kernel is slow.
+def attend(module, query, key, value, attention_mask, packed=None, **options):
+    """An attention function for transformers: `attend_to_rows`, also where the batch is packed.
+
+    packed: None, or a `packing.Packed`: query, key and value are then (1, heads, tokens, d).
+    """
+    if packed is None:
+        return attend_to_rows(module, query, key, value, attention_mask, **options)
+    rows, keys = packed.around(module)
+    result, _ = attend_to_rows(
+        module, rows.unpack(query), keys.unpack(key), keys.unpack(value), keys.mask, trains=True, **options
+    )
+    return rows.pack(result), None
+
+
+def bias_of_rows(attention, given, options):
+    """A hook before each T5Attention: where the batch is packed, its position bias is that of rows."""
+    if options.get("packed") is not None and options.get("position_bias") is None:
+        queries, keys = options["packed"].around(attention)
+        bias = torch.zeros(1, 1, 1, 1)
+        if attention.has_relative_attention_bias:
+            bias = attention.compute_bias(queries.length, keys.length)
+        options = options | {"position_bias": bias}
+    return given, options
+
+
+def attend_to_rows(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=1.0,
+    position_bias=None,
+    trains=False,
+    **options,
+):
+    """SDPA, and on the CPU its formula by plain products where that is faster: in training, for dropout by
+    `fast_dropout`, and with one query in float32, where SDPA's kernel is slow.
 
     query: (batch, heads, queries, d). key, value: (batch, heads, keys, d). attention_mask: None or booleans, (batch, 1,
-    queries or 1, keys). position_bias: (1, heads, queries, keys). Returns (batch, queries, heads, d) and None.
+    queries or 1, keys). position_bias: (1, heads, queries, keys). trains: whether it is part of a training step.
+    Returns (batch, queries, heads, d) and None.
 
     In a beam search the batch of key and value can be that of the examples: their beams share them, with nothing
-    repeated. In bf16 a run would take 150 MB more at its peak, and bf16 is used to save memory.
+    repeated.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     beams = len(query) // max(1, len(key))
-    plain = query.is_cpu and query.dtype == torch.float32 and position_bias is not None
+    plain = query.is_cpu and position_bias is not None and (trains or query.dtype == torch.float32)
     if not (plain and (0 < dropout < 1 or query.shape[2] == 1)):
         options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
         if beams > 1:
@@ -148,7 +196,7 @@ def attend(module, query, key, value, attention_mask, dropout=0.0, scaling=1.0, 
         attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
     if attention_mask is not None:
         scores = scores + torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1)
+    weights = scores.softmax(-1).to(value.dtype)  # in bf16 the scores are float32 where the bias is
     result = ((fast_dropout(weights, dropout) if dropout else weights) @ value).transpose(1, 2)
     return result.reshape(-1, 1, *result.shape[2:]) if beams > 1 else result, None
 
@@ -231,11 +279,12 @@ class FastEmbedding(torch.nn.Embedding):
         return super().forward(ids)
 
 
-def use_fast_training(model, alone):
+def use_fast_training(model, alone, autocast=False):
     """Compute every dropout of a T5 model or PeftModel by `fast_dropout`, an adapter's products by oneDNN, and the
     gradient of the embedding, if it is trained and not that of the output layer too, in a buffer that stays.
 
-    alone: whether this is the only process: others wait for a gradient that autograd itself has made.
+    alone: whether this is the only process: others wait for a gradient that autograd itself has made. autocast: whether
+    the CPU computes the products in bfloat16: frozen matrices are then converted once, and not in each step.
     """
     for module in list(model.modules()):
         for name, part in module.named_children():
@@ -248,6 +297,25 @@ def use_fast_training(model, alone):
         for module in model.modules():
             if type(module) in (torch.nn.Embedding, FastEmbedding) and module.weight is weight:
                 module.__class__, module.buffer = FastEmbedding, buffer
+    if alone and autocast:
+        convert_frozen(model)
+
+
+def convert_frozen(model):
+    """Convert the frozen matrices of a LoRA model to bfloat16, as autocast does with each of them in each step: the same
+    numbers in half the memory. An adapter's float32 input is not cast to float32 and back.
+
+    Norms, embeddings and a matrix that is the embedding too stay as they are, and so does a model with DoRA, which
+    computes each row's length from the matrices.
+    """
+    if any(getattr(module, "lora_magnitude_vector", None) for module in model.modules()):
+        return
+    shared = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.requires_grad and module.weight is not shared:
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False  # peft's
 
 
 def keep_memory():

@@ -7,6 +7,7 @@ counts what is alive at each moment.
 import copy
 import weakref
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import RunError, reason
-from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
+from pipeline.packing import Packed
+from pipeline.t5 import packed_rows, target_logits, use_gradient_checkpointing
 
 HEAP_GAPS = 0.5  # heap fragmentation on a CPU, as a share of the activations (0.1 to 0.9 of them were measured)
 
@@ -86,7 +88,7 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
     def without_memory(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    positions = target_positions(batch["labels"]) if device.type == "cpu" else None
+    rows = packed_rows(batch) if device.type == "cpu" else None
     with FakeTensorMode():
         twins = {id(buffer): without_memory(buffer) for buffer in model.buffers()}
         for weight in model.parameters():
@@ -95,13 +97,14 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
         if any(getattr(module, "gradient_checkpointing", False) for module in twin.modules()):
             use_gradient_checkpointing(twin, preserve_rng_state=False)  # there is none to preserve
         given = {name: without_memory(batch[name]) for name in ("input_ids", "attention_mask", "labels")}
-        if positions is not None:
-            positions = without_memory(positions)
+        if rows is not None:
+            sides = (rows.sources, rows.targets)
+            rows = Packed(*(replace(s, places=without_memory(s.places), mask=without_memory(s.mask)) for s in sides))
         weights = list(twin.parameters())
         with LiveBytes(weights + list(twin.buffers())) as live:
             for _ in range(2 if accumulate else 1):
                 with autocast():
-                    loss = F.cross_entropy(*target_logits(twin, given, positions))
+                    loss = F.cross_entropy(*target_logits(twin, given, rows))
                 loss.backward()
                 del loss
         kept = _optimizer_bytes(make_optimizer(twin))

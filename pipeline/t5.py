@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -30,6 +29,7 @@ from pipeline import contract
 from pipeline.errors import InputError, reason
 from pipeline.fast_cpu import use_fast_kernels
 from pipeline.hub import ask_hub_once, cannot_load, is_local
+from pipeline.packing import find_rows
 
 # Where a hub repository has pickled weights alone, transformers would take converted ones from anybody's pull request.
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
@@ -218,43 +218,33 @@ def use_gradient_checkpointing(model, **options):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
 
 
-def target_positions(labels):
-    """The positions in labels.flatten() that are no padding, int64, filled up to a multiple of 16 with -1.
-
-    On a GPU it is None, for all: counting them would make each step wait for the GPU.
-    """
-    if not labels.is_cpu:
-        return None
-    positions = (labels != LABEL_PAD).flatten().nonzero().squeeze(1)
-    # oneDNN compiles and keeps a kernel for each size that it meets.
-    return F.pad(positions, (0, -len(positions) % 16), value=-1)
+def packed_rows(batch):
+    """Where the real tokens of a training batch are, for `target_logits`; None on a GPU. See `packing.py`."""
+    return find_rows(batch, LABEL_PAD)
 
 
-def target_logits(model, batch, positions=None):
+def target_logits(model, batch, packed=None):
     """(logits, labels) of a batch for the loss: float (tokens, vocabulary) and int64 (tokens,), -100 where none counts.
 
-    model: a T5 model or a PeftModel, as it is or wrapped for several processes. positions: of `target_positions`. The
-    output layer, which is a third of a step's work, computes no others: half of a batch's targets is padding.
+    model: a T5 model or a PeftModel, as it is or wrapped for several processes. packed: of `packed_rows`; with it
+    nothing is computed at the padding.
     """
-    labels = batch["labels"]
     whole = next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
-
-    def select(module, inputs):
-        return inputs[0].flatten(0, 1) if positions is None else inputs[0].flatten(0, 1)[positions]
-
-    hook = whole.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            decoder_input_ids=whole.prepare_decoder_input_ids_from_labels(labels),
-            use_cache=False,  # a copy of keys and values that only a search uses
-        ).logits
-    finally:
-        hook.remove()
-    if positions is None:
-        return logits, labels.flatten()
-    return logits, labels.flatten()[positions].masked_fill(positions < 0, LABEL_PAD)
+    source, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    target = whole.prepare_decoder_input_ids_from_labels(labels)
+    more = {}
+    if packed is not None:
+        source, target = packed.sources.pack(source), packed.targets.pack(target)
+        labels = packed.targets.pack(labels, fill=LABEL_PAD)
+        mask, more = None, {"packed": packed}  # which reaches the attention function, with the masks
+    logits = model(
+        input_ids=source,
+        attention_mask=mask,
+        decoder_input_ids=target,
+        use_cache=False,  # a copy of keys and values that only a search uses
+        **more,
+    ).logits
+    return logits.flatten(0, 1), labels.flatten()
 
 
 class SearchCache(EncoderDecoderCache):

@@ -45,7 +45,7 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.fast_cpu import use_fast_training
 from pipeline.memory import LiveBytes, largest_batch, memory_lines, training_memory
 from pipeline.resume import LoopState
-from pipeline.t5 import target_logits, target_positions, use_gradient_checkpointing
+from pipeline.t5 import packed_rows, target_logits, use_gradient_checkpointing
 from tweet_qa_main import Prepared, build_optimizer, train_epoch
 from tweet_qa_main_lora import add_lora
 
@@ -257,11 +257,11 @@ def test_the_copy_without_memory_takes_what_the_model_would(
     state = torch.get_rng_state()
     estimated = training_memory(model, batch, CPU, optimizer_of, accumulate=True)
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    weights, positions = list(model.parameters()), target_positions(batch["labels"])
+    weights, packed = list(model.parameters()), packed_rows(batch)
     assert all(weight.grad is None and type(weight.data) is torch.Tensor for weight in weights)
     with LiveBytes(weights + list(model.buffers())) as live:
         for _ in range(2):
-            F.cross_entropy(*target_logits(model, batch, positions)).backward()
+            F.cross_entropy(*target_logits(model, batch, packed)).backward()
     assert (live.peak - live.peak_gradients, live.peak_gradients) == (estimated["activations"], estimated["gradients"])
     optimizer = optimizer_of(model)
     optimizer.step()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from helper_functions import LABEL_PAD, TweetQADataset, answer, build_collate_fn, load_model_and_tokenizer
 from pipeline import fast_cpu
 from pipeline.fast_cpu import FastEmbedding, FastLinear, attend, use_fast_training
-from pipeline.t5 import target_logits, target_positions
+from pipeline.t5 import packed_rows, target_logits
 
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_the_loss_and_gradients_of_a_whole_model(model, plain, tokenizer, rows):
                     module.p = 0.0
                 elif type(module).__name__ == "T5Attention":
                     module.dropout = 0.0
-        ours = F.cross_entropy(*target_logits(model, batch, target_positions(batch["labels"])))
+        ours = F.cross_entropy(*target_logits(model, batch, packed_rows(batch)))
         theirs = plain(**batch).loss
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
         ours.backward()
@@ -154,12 +154,11 @@ def test_the_loss_and_gradients_of_a_whole_model(model, plain, tokenizer, rows):
 def test_the_output_layer_sees_the_targets_tokens_alone(model, tokenizer, rows):
     batch, seen = batch_of(rows[:8], tokenizer), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    logits, labels = target_logits(model, batch, target_positions(batch["labels"]))
+    logits, labels = target_logits(model, batch, packed_rows(batch))
     counted = batch["labels"] != LABEL_PAD
     tokens = int(counted.sum())
-    assert (
-        seen == [logits.shape] == [(-(-tokens // 16) * 16, model.config.vocab_size)] and len(logits) < counted.numel()
-    )
+    assert logits.shape == (-(-tokens // 16) * 16, model.config.vocab_size) and len(logits) < counted.numel()
+    assert seen == [(1, *logits.shape)]
     assert torch.equal(labels[:tokens], batch["labels"][counted]) and (labels[tokens:] == LABEL_PAD).all()
     whole, with_padding = target_logits(model, batch)  # as on a GPU
     assert len(whole) == counted.numel() and torch.equal(with_padding, batch["labels"].flatten())

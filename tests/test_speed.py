@@ -34,7 +34,7 @@ def test_torch_kernels_compute_what_transformers_does(model, transformers_own, t
     batch = first_batch(rows, tokenizer)
     del batch["index"]
     kinds = {type(module).__name__ for module in model.modules()}
-    assert {"RMSNorm", "GELU"} <= kinds and not {"T5LayerNorm", "NewGELUActivation"} & kinds
+    assert {"FastNorm", "GELU"} <= kinds and not {"T5LayerNorm", "NewGELUActivation"} & kinds
     assert list(model.state_dict()) == list(transformers_own.state_dict())
     losses = [each(**batch).loss for each in (model, transformers_own)]
     for loss in losses:
