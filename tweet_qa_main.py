@@ -49,7 +49,7 @@ from pipeline import checkpoint, devices, figures, interrupts, lock, memory, pub
 from pipeline.arguments import build_parser, with_defaults
 from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
-from pipeline.fast_cpu import keep_memory, use_fast_training
+from pipeline.fast_cpu import convert_frozen, keep_memory, use_fast_training
 from pipeline.leaderboard import with_leaderboard_scores
 from pipeline.metrics import metrics_line
 from pipeline.optimizers import build_optimizer, step_if_finite
@@ -356,8 +356,7 @@ def prepare(setup, model, plan):
     args, accelerator = setup.args, setup.accelerator
     data, collate = setup.loaders["train"].dataset, setup.loaders["train"].collate_fn
     accelerator.gradient_accumulation_steps = plan.accumulation
-    bf16_on_cpu = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
-    use_fast_training(model, alone=accelerator.num_processes == 1, autocast=bf16_on_cpu)
+    use_fast_training(model, alone=accelerator.num_processes == 1, autocast=devices.bf16_on_cpu(accelerator))
     if args.gradient_checkpointing:
         use_gradient_checkpointing(model)
     if accelerator.device.type == "cpu":
@@ -556,6 +555,8 @@ def final_evaluation(setup, model, best_epoch):
     args, accelerator, folder, say = setup.args, setup.accelerator, setup.folder, setup.say
     options = {"beams": args.final_beams, "max_target_len": args.max_target_len, "accelerator": accelerator}
     model = model.to(accelerator.device)
+    if devices.bf16_on_cpu(accelerator):
+        convert_frozen(model)
     scored, answered, began = {}, 0, time.perf_counter()  # scored: {role: (metrics, frame)} of the labeled splits
     with memory.memory_for(
         f"--eval_batch_size {args.eval_batch_size} and {args.final_beams} beams: lower --eval_batch_size"

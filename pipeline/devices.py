@@ -55,6 +55,11 @@ def choose_precision(precision):
     return "no" if precision == "fp32" else precision
 
 
+def bf16_on_cpu(accelerator):
+    """Whether the CPU computes matrix products in bfloat16, by autocast."""
+    return accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
+
+
 def device_name(device):
     """The name of a torch.device, as run.json records it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

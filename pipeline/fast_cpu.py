@@ -140,9 +140,7 @@ def attend(module, query, key, value, attention_mask, packed=None, **options):
     if packed is None:
         return attend_to_rows(module, query, key, value, attention_mask, **options)
     rows, keys = packed.around(module)
-    result, _ = attend_to_rows(
-        module, rows.unpack(query), keys.unpack(key), keys.unpack(value), keys.mask, trains=True, **options
-    )
+    result, _ = attend_to_rows(module, rows.unpack(query), keys.unpack(key), keys.unpack(value), keys.mask, **options)
     return rows.pack(result), None
 
 
@@ -166,14 +164,13 @@ def attend_to_rows(
     dropout=0.0,
     scaling=1.0,
     position_bias=None,
-    trains=False,
     **options,
 ):
     """SDPA, and on the CPU its formula by plain products where that is faster: in training, for dropout by
-    `fast_dropout`, and with one query in float32, where SDPA's kernel is slow.
+    `fast_dropout`, and with one query, where SDPA's kernel is slow.
 
     query: (batch, heads, queries, d). key, value: (batch, heads, keys, d). attention_mask: None or booleans, (batch, 1,
-    queries or 1, keys). position_bias: (1, heads, queries, keys). trains: whether it is part of a training step.
+    queries or 1, keys). position_bias: (1, heads, queries, keys).
     Returns (batch, queries, heads, d) and None.
 
     In a beam search the batch of key and value can be that of the examples: their beams share them, with nothing
@@ -182,7 +179,7 @@ def attend_to_rows(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     beams = len(query) // max(1, len(key))
-    plain = query.is_cpu and position_bias is not None and (trains or query.dtype == torch.float32)
+    plain = query.is_cpu and position_bias is not None
     if not (plain and (0 < dropout < 1 or query.shape[2] == 1)):
         options |= {"dropout": dropout, "scaling": scaling, "position_bias": position_bias}
         if beams > 1:
@@ -203,7 +200,7 @@ def attend_to_rows(
 
 def shares_keys(model, encoded):
     """Whether the beams of an example can share its encoder's keys and values: see `attend`."""
-    return encoded.is_cpu and encoded.dtype == torch.float32 and model.config._attn_implementation == ATTENTION
+    return encoded.is_cpu and model.config._attn_implementation == ATTENTION
 
 
 # ---------------------------------------------------------------------------------------------------------- training

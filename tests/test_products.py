@@ -188,12 +188,13 @@ def test_the_embedding_adds_up_its_gradient_over_passes_and_steps():
         assert torch.equal(ours(ids), theirs(ids))
 
 
-def test_beams_share_their_examples_keys_and_one_query_goes_by_plain_products(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beams_share_their_examples_keys_and_one_query_goes_by_plain_products(model, dtype):
     torch.manual_seed(0)
     module = model.decoder.block[0].layer[1].EncDecAttention
     examples, beams, heads, keys, size = 3, 5, 4, 11, 16
-    query = torch.randn(examples * beams, heads, 1, size)
-    key, value = torch.randn(2, examples, heads, keys, size)
+    query = torch.randn(examples * beams, heads, 1, size).to(dtype)
+    key, value = torch.randn(2, examples, heads, keys, size).to(dtype)
     mask = torch.ones(examples, 1, 1, keys, dtype=torch.bool)
     mask[1, ..., 6:] = mask[2, ..., 2:] = False
     mask, bias = mask.repeat_interleave(beams, 0), torch.randn(1, heads, 1, keys)
@@ -203,8 +204,10 @@ def test_beams_share_their_examples_keys_and_one_query_goes_by_plain_products(mo
     )
     scores = query @ key.repeat_interleave(beams, 0).transpose(2, 3) + bias
     expected = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(beams, 0)
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     for result in (shared, repeated):
-        torch.testing.assert_close(result, expected.transpose(1, 2), rtol=1e-5, atol=1e-6)
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, expected.transpose(1, 2).to(dtype), **close)
 
 
 @pytest.mark.parametrize("beams", [1, 2, 5])
