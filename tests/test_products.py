@@ -202,8 +202,8 @@ def test_beams_share_their_examples_keys_and_one_query_goes_by_plain_products(mo
     repeated, _ = attend(
         module, query, key.repeat_interleave(beams, 0), value.repeat_interleave(beams, 0), mask, position_bias=bias
     )
-    scores = query @ key.repeat_interleave(beams, 0).transpose(2, 3) + bias
-    expected = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value.repeat_interleave(beams, 0)
+    query, key, value = query.float(), *(states.float().repeat_interleave(beams, 0) for states in (key, value))
+    expected = (query @ key.transpose(2, 3) + bias).masked_fill(~mask, float("-inf")).softmax(-1) @ value
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     for result in (shared, repeated):
         assert result.dtype == dtype
