@@ -299,8 +299,8 @@ def use_fast_training(model, alone, autocast=False):
 
 
 def convert_frozen(model):
-    """Convert the frozen matrices of a LoRA model to bfloat16, as autocast does with each in each step: the same numbers
-    in half the memory. An adapter's float32 input is not cast to float32 and back.
+    """Convert the frozen matrices of a LoRA model to bfloat16, as autocast does in each step: the same numbers in half
+    the memory. An adapter's float32 input is not cast to float32 and back.
 
     Norms, embeddings and a matrix that is the embedding too stay as they are, and so does a model with DoRA, which
     computes each row's length from the matrices.
