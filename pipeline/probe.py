@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError, one_line
 from pipeline.run_folder import read_numbers, read_run_json, read_table, run_record, write_run_json, write_table
-from pipeline.statistics import mean_interval
+from pipeline.statistics import ratio_interval
 from pipeline.text import UNPAIRED_SURROGATE, has_unpaired_surrogate
 
 LOSSES = "probe_losses.csv"
@@ -307,17 +307,10 @@ def change(table):
     """(how much the mean loss of a target token rose, low, high): final less before, in nats, and its 95 % interval.
 
     table: a DataFrame with target_tokens, before and final, a row for each line, such as that of `read_probe_losses` or
-    the rows of one kind. The change is a ratio of sums over lines, and the interval is for other lines of the same
-    sort: the ratio estimator's (Cochran, 1977, Sampling Techniques, chapter 6), which is the cluster-robust interval of
-    a mean over tokens with lines as clusters (`statistics.mean_interval`), with Student's t. tests/test_probe.py
-    simulates its coverage. Raises InputError for fewer than two lines, or if one of the two was not measured.
+    its rows of one kind. The interval is for other lines of the same sort: see `ratio_interval`, whose coverage
+    tests/test_probe.py simulates. Raises InputError if the losses were not measured both before and after the training.
     """
-    import numpy as np
-
-    tokens = table["target_tokens"].to_numpy(int)
-    each = (table["final"] - table["before"]).to_numpy(float)
-    if not np.isfinite(each).all():
-        raise InputError("the probe was not measured both before and after the training")
-    lines = np.repeat(np.arange(len(tokens)), tokens)
-    result = mean_interval(np.repeat(each / tokens, tokens), lines, trained=False)
-    return result.mean, result.low, result.high
+    rise = table["final"] - table["before"]
+    if len(table) < 2 or rise.isna().any():
+        raise InputError("a change needs the losses of two or more lines, both before and after the training")
+    return ratio_interval(rise, table["target_tokens"])
