@@ -110,7 +110,7 @@ def test_lines_keep_their_numbers_and_texts(tmp_path):
     assert probe.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("name, words, message", [("prompt", 40, "max_input_len 32"), ("target", 600, "than 512")])
+@pytest.mark.parametrize("name, words, message", [("prompt", 40, "--max_input_len 32"), ("target", 600, "than 512")])
 def test_a_line_that_is_too_long_is_refused_and_not_cut(tmp_path, demo, name, words, message):
     long = {"prompt": "a", "target": "b"} | {name: "five " * words}
     with pytest.raises(InputError, match=f"line 3: its {name} has .* {message}"):
@@ -447,7 +447,7 @@ def test_the_demos_probe_is_what_its_script_draws(tmp_path):
 
 
 def pretraining_lines(steps):
-    """The pairs of the first steps of each stage of the demo's pretraining, 32 for a step, as pretrain.py draws them."""
+    """The pairs of the first steps of each stage of the pretraining, 32 for a step, as demo/pretrain.py draws them."""
     _, text = pretraining()
     for stage, count in enumerate(steps):
         drawn = text.PretrainingText(random.Random("0 text" + stage * " 2"), stage)
