@@ -22,7 +22,7 @@ import re
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,7 +39,15 @@ from pipeline.fast_cpu import shares_keys
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 from pipeline.leaderboard import leaderboard_scores
 from pipeline.metrics import METRICS
-from pipeline.t5 import LABEL_PAD, SearchCache, encoder_output, load_model_and_tokenizer, search, start_token
+from pipeline.t5 import (
+    LABEL_PAD,
+    SearchCache,
+    encoder_output,
+    eval_mode,
+    load_model_and_tokenizer,
+    search,
+    start_token,
+)
 from pipeline.text import check_counts, normalize_answer, paired_texts, question_type, reference_list, tweet_features
 
 # The public names, those of pipeline/ included.
@@ -237,18 +245,6 @@ def eval_loader(data, batch_size, collate, process=0, processes=1):
 
 
 # ----------------------------------------------------------------------------------------------------------- decode
-
-
-@contextmanager
-def eval_mode(model):
-    """Put the model into eval mode, and each of its modules back into its former mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cross=None):

@@ -53,6 +53,7 @@ from pipeline.fast_cpu import convert_frozen, keep_memory, use_fast_training
 from pipeline.leaderboard import with_leaderboard_scores
 from pipeline.metrics import metrics_line
 from pipeline.optimizers import build_optimizer, step_if_finite
+from pipeline.probe import epoch_column, kept, measure_before, measure_checkpoint, read_probe, tokenized
 from pipeline.resume import LoopState
 from pipeline.step_plan import plan_steps
 from pipeline.t5 import packed_rows, target_logits, use_gradient_checkpointing
@@ -109,6 +110,7 @@ class Setup:
     held_out: list  # the numbers of the held-out rows in the train file, counted from 0
     content: dict  # {argument: hash of what its path or hub id holds}
     sem_model: object  # a SentenceTransformer in the main process, or None
+    probe: object  # a tokenized Probe, or None
     say: object  # print in the main process, nothing in the others
 
 
@@ -152,6 +154,7 @@ def train_and_evaluate(args, wrap, started):
         started -= saved.state.wall_seconds
         if saved.state.best_epoch:
             checkpoint.load_checkpoint(folder, args.model_name, cached=True)  # raises InputError if it is damaged
+        kept(folder, former, setup.probe)  # the same
     plan = plan_steps(args, start["train_rows"], accelerator.num_processes, saved.state.batch_size if saved else None)
     describe(setup, start, args.model_name, note)
     while True:
@@ -182,6 +185,7 @@ def train_and_evaluate(args, wrap, started):
     except InputError as error:  # it was complete before the training, and has been damaged since
         raise RunError(str(error)) from None
     results, record = final_evaluation(setup, model, training["best_epoch"]), None
+    results |= measure_checkpoint(setup, model, start | training)
     if accelerator.is_main_process:
         end = {
             "finished": True,
@@ -230,11 +234,13 @@ def evaluate_only(args, wrap):
     else:  # a checkpoint of another origin: there is no run to resume
         start = run_folder.describe_run(setup, "lora" if hasattr(model, "peft_config") else "full", model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
+    record = record | kept(folder, former, setup.probe)
     describe(setup, record, args.model_name if untrained else folder, note)
     main_process = setup.accelerator.is_main_process
     if untrained and main_process and not former:
         run_folder.begin(folder, run_folder.run_record(record))
     results = final_evaluation(setup, model, record.get("best_epoch"))
+    results |= measure_checkpoint(setup, model, record)
     if main_process:
         # "args" stays as the checkpoint was trained; "eval_only" is what the new results were computed with.
         end = {"eval_only": vars(args) | {"content": setup.content}}
@@ -257,6 +263,7 @@ def set_up(args, load):
     device = accelerator.device
     args = with_defaults(args, device.type)
     selected = select_rows(args)
+    probe = read_probe(args.probe) if args.probe else None
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
     set_seed(args.seed)
     model, tokenizer, weights = load(args)
@@ -271,6 +278,7 @@ def set_up(args, load):
         held_out=selected.held_out,
         content={name: value for name, value in content.items() if value},
         sem_model=sem_model,
+        probe=probe and tokenized(probe, tokenizer, args.max_input_len),
         say=accelerator.on_main_process(print),
     )
     return setup, model, selected.note
@@ -325,6 +333,10 @@ def train(setup, model, plan, *, start, started, saved=None):
     with interrupts.deferred():
         if accelerator.is_main_process and not saved:
             run_folder.begin(folder, run_folder.run_record(start, training=known))
+        if setup.probe and not saved:
+            whole = devices.whole_model(prepared.model, prepared.hollow, accelerator)
+            known["probe"] = measure_before(setup, whole, run_folder.run_record(start, training=known))
+            devices.empty(prepared.hollow)
         accelerator.wait_for_everyone()
         if not (folder / "run.json").exists():
             raise RunError(f"--save_dir {folder} is not the same folder in all processes: it must be on a shared disk")
@@ -393,15 +405,12 @@ def train_and_score_epoch(setup, prepared, state, *, start, started, save):
     what --resume needs.
     """
     args, accelerator, folder, say = setup.args, setup.accelerator, setup.folder, setup.say
-    device, number, hollow = accelerator.device, state.epoch + 1, prepared.hollow
+    device, number = accelerator.device, state.epoch + 1
     devices.reset_peak_vram(device)
     rows, train_loss = train_epoch(prepared, accelerator, state, save, args.save_every)
     seconds, peak_vram = state.epoch_seconds, devices.peak_vram_mb(device)
     say(f"[epoch {number}] time={seconds:.1f}s | steps/sec={len(rows) / seconds:.2f} | peak VRAM={peak_vram:.0f} MB")
-    if hollow:
-        with memory.memory_for("all weights on each device, as the evaluation needs them: give a smaller model"):
-            devices.fill(hollow, prepared.model)
-    whole = hollow or accelerator.unwrap_model(prepared.model)
+    whole = devices.whole_model(prepared.model, prepared.hollow, accelerator)
     given = (whole, setup.loaders["validation"], setup.tokenizer, device, setup.sem_model)
     options = {"beams": args.eval_beams, "max_target_len": args.max_target_len, "accelerator": accelerator}
     with memory.memory_for(f"--eval_batch_size {args.eval_batch_size}: lower it"):
@@ -420,6 +429,7 @@ def train_and_score_epoch(setup, prepared, state, *, start, started, save):
         "samples_per_sec": round(examples / seconds, 3),
         "peak_vram_mb": round(peak_vram, 1),
         "seconds_since_start": round(time.perf_counter() - started, 3),
+        **epoch_column(setup, whole),
     }
     state.epoch, state.epoch_tokens, state.epoch_seconds = number, [], 0.0
     state.epoch_rows.append(row)
@@ -433,8 +443,7 @@ def train_and_score_epoch(setup, prepared, state, *, start, started, save):
             checkpoint.save_checkpoint(folder, whole, setup.tokenizer, record)
         figures.write_epochs(folder, state.epoch_rows, state.step_rows)
         run_folder.write_run_json(folder, record)
-    if hollow:
-        devices.empty(hollow)
+    devices.empty(prepared.hollow)
     save()  # last, so that the files that last/ relies on exist; a run that is killed before repeats all of this
 
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator, PartialState, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, DistributedType, FullyShardedDataParallelPlugin
 
 from pipeline.errors import InputError
+from pipeline.memory import memory_for
 from pipeline.t5 import LABEL_PAD
 
 
@@ -130,7 +131,18 @@ def fill(hollow, model):
         whole.data = shard.detach().full_tensor().to(whole.device)
 
 
+def whole_model(model, hollow, accelerator):
+    """A prepared model as an ordinary one with all its weights, to be evaluated. Every process must call this.
+
+    hollow: None, or the hollow copy of a sharded model; `empty` releases its weights afterwards.
+    """
+    if hollow:
+        with memory_for("all weights on each device, as the evaluation needs them: give a smaller model"):
+            fill(hollow, model)
+    return hollow or accelerator.unwrap_model(model)
+
+
 def empty(hollow):
-    """Release the weights that `fill` put there."""
-    for whole in hollow.parameters():
+    """Release the weights that `fill` put there. hollow: None if the model is not sharded."""
+    for whole in hollow.parameters() if hollow else ():
         whole.data = whole.new_empty(0)

@@ -236,6 +236,7 @@ def identity(setup):
         "order of the training rows": "random",  # older versions grouped them by length and did not record it
         **({"sharding": "FSDP2"} if setup.accelerator.is_fsdp2 else {}),
         **({SIMILARITY: setup.content["sem_model"]} if "sem_model" in setup.content else {}),
+        **({"probe (--probe)": setup.probe.sha256} if setup.probe else {}),
     }
 
 
@@ -304,7 +305,7 @@ def same_start(folder, former, now):
             differing.append(name if is_hash or then is None else f"{name} (was {then}, is {new})")
     if differing:
         raise InputError(f"--save_dir {folder} was started with different {', '.join(differing)}")
-    return {name: former[name] for name in ("started", "run_id") if name in former}
+    return {name: former[name] for name in ("started", "run_id", "probe") if name in former}
 
 
 def seed_runs(args, method):

@@ -42,7 +42,7 @@ RUN_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
     *("metrics.csv", "train_loss.csv", *(f"{name}.png" for name in ("loss_curve", *CURVES))),
     *("validation_predictions.csv", "holdout_predictions.csv", "test_predictions.csv", "test_answers.json"),
-    *("breakdown.csv", "breakdown.png", "README.md"),
+    *("breakdown.csv", "breakdown.png", "probe_losses.csv", "README.md"),
 )
 FIRST_PROMPT = "Question: {question}\nTweet: {tweet}\nAnswer:"  # of the runs that did not record theirs
 # What a killed run can leave behind.
@@ -287,7 +287,8 @@ COUNTS = ["total_parameters", "scoring.final_beams", "scoring.max_input_len", "s
 NUMBERS = ["args.seed", "args.patience", "final.f1", "final.em"]
 NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{metric.name}" for metric in METRICS)]
 EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
-LATER_EPOCH_COLUMNS = ["seconds_since_start"]  # missing in the runs of older versions
+# Missing in the runs of older versions, and in runs without --probe.
+LATER_EPOCH_COLUMNS = ["seconds_since_start", "probe_loss"]
 EXAMPLE_COLUMNS = ["qid", "question", "tweet", "references", "prediction", "question_type"]
 
 
@@ -338,14 +339,14 @@ def read_scored(folder, record, split):
 def _read_examples(path, means):
     """A file of predictions, checked against the means of its metrics (null: not measured) in run.json."""
     measured = [metric for metric in EACH_EPOCH if means.get(metric.name) is not None]
-    examples = _read_table(path, EXAMPLE_COLUMNS + [metric.column for metric in measured])
+    examples = read_table(path, EXAMPLE_COLUMNS + [metric.column for metric in measured])
     examples["references"] = [_parse_references(path, *entry) for entry in enumerate(examples["references"], start=1)]
     for metric in EACH_EPOCH:
         mean = means.get(metric.name)
         if mean is None:
             examples[metric.column] = math.nan
             continue
-        examples[metric.column] = _numbers(path, examples[metric.column], metric.lowest, 1)
+        examples[metric.column] = read_numbers(path, examples[metric.column], metric.lowest, 1)
         if not math.isclose(examples[metric.column].mean(), mean, abs_tol=1e-6):
             found = f"the mean {metric.column} of its {len(examples)} rows is {examples[metric.column].mean():.4f}"
             raise InputError(f"{path} is truncated or was changed: {found}, but run.json says {mean:.4f}")
@@ -353,15 +354,15 @@ def _read_examples(path, means):
 
 
 def _read_epochs(folder, record):
-    """EPOCH_COLUMNS of metrics.csv and, if the run wrote it, "seconds_since_start"; a DataFrame."""
+    """EPOCH_COLUMNS of metrics.csv, and those of LATER_EPOCH_COLUMNS that the run wrote; a DataFrame."""
     import pandas as pd
 
     if record["method"] == "base":
         return pd.DataFrame(columns=EPOCH_COLUMNS, dtype=float)
     path, best, patience = folder / "metrics.csv", record["best_epoch"], record["args"]["patience"]
-    epochs = _read_table(path, EPOCH_COLUMNS, LATER_EPOCH_COLUMNS)
+    epochs = read_table(path, EPOCH_COLUMNS, LATER_EPOCH_COLUMNS)
     for name in epochs:
-        epochs[name] = _numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
+        epochs[name] = read_numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
     planned = record.get("epochs", record["args"]["epochs"])  # with --max_steps, not as many as --epochs
     ended = min(planned, best + patience) if patience else planned
     if list(epochs["epoch"]) != list(range(1, ended + 1)):
@@ -407,7 +408,7 @@ def _is_number(value):
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read_table(path, columns, optional=()):
+def read_table(path, columns, optional=()):
     """`columns` of a CSV file that a run wrote, and `optional` ones if it has them, as text. Raises InputError unless
     the file is there and complete."""
     import pandas as pd
@@ -429,8 +430,8 @@ def _read_table(path, columns, optional=()):
     return pd.DataFrame(rows)[columns + [name for name in optional if name in reader.fieldnames]]
 
 
-def _numbers(path, column, low, high):
-    """A column of `_read_table` as floats. Raises InputError if one is not a number from `low` to `high`."""
+def read_numbers(path, column, low, high):
+    """A column of `read_table` as floats. Raises InputError if one is not a number from `low` to `high`."""
     import numpy as np
     import pandas as pd
 

@@ -39,6 +39,42 @@ def interval(values, resamples=RESAMPLES):
     return bounds.low, bounds.high
 
 
+def ratio_interval(values, weights, resamples=RESAMPLES):
+    """(ratio, low, high): sum(values) / sum(weights) and its 95 % interval, with a fixed seed, for other examples.
+
+    values, weights: (n,), of examples that are independent, such as a line's loss and its number of tokens. The
+    bootstrap-t interval (Hall, 1988, https://doi.org/10.1214/aos/1176350933), whose bounds are not symmetric where the
+    values are skewed; the variance in it is the ratio estimator's (Cochran, 1977, Sampling Techniques, chapter 6). On
+    60 skewed lines it covers 94 % (tests/test_probe.py); Student's t with that variance covered 91 % there, and the
+    percentiles of the resampled ratios 92 %. With two or three examples a bound is infinite: they do not tell.
+    """
+    values, weights = np.asarray(values, float), np.asarray(weights, float)
+    count = len(values)
+    squares = np.stack([values, weights, values**2, values * weights, weights**2], axis=1)
+
+    def of(sums):
+        """(ratios, their standard errors) from sums of `squares`, (5, resamples)."""
+        v, w, vv, vw, ww = sums
+        ratio = v / w
+        left = vv - 2 * ratio * vw + ratio**2 * ww  # the sum of (value - ratio * weight)**2
+        left = np.where(left > 1e-12 * (vv + ratio**2 * ww), left, 0)  # what is left of it after rounding is 0
+        return ratio, np.sqrt(left * count / max(1, count - 1)) / w
+
+    ratio, error = of(squares.sum(0))
+    if error == 0:
+        return float(ratio), float(ratio), float(ratio)
+    rng, drawn = np.random.default_rng(0), []
+    for start in range(0, resamples, size := max(1, 1_000_000 // count)):  # bounds the memory
+        some = min(size, resamples - start)
+        rows = rng.integers(count, size=(some, count)) + count * np.arange(some)[:, None]
+        times = np.bincount(rows.ravel(), minlength=some * count).reshape(some, count)  # each example was drawn
+        ratios, errors = of((times @ squares).T)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn.append(np.where(errors + abs(ratios - ratio) > 0, (ratios - ratio) / errors, 0))
+    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975], method="inverted_cdf")
+    return float(ratio), float(ratio - high * error), float(ratio - low * error)
+
+
 def mcnemar(ours, theirs):
     """p of McNemar's exact test, two-sided, that two runs are right equally often.
 

@@ -185,6 +185,18 @@ def silence():
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def eval_mode(model):
+    """Put the model into eval mode, and each of its modules back into its former mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def matrices_to_adapt(model, names):
     """The names of a T5's matrices that --target_modules means, without repeats.
 

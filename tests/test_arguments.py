@@ -50,7 +50,7 @@ def test_a_flag_cannot_come_into_a_parser_but_by_its_declaration(monkeypatch):
 # The lists that were kept by hand before each flag had a role.
 HARMLESS = "save_dir resume overwrite seeds eval_only save_every eval_batch_size auto_batch_size"
 HARMLESS = [*HARMLESS.split(), *"gradient_checkpointing report_to push_to_hub model_name dataset".split()]
-HARMLESS += ["sem_model"]  # since its content is compared, as that of the model and the data set is
+HARMLESS += ["sem_model", "probe"]  # whose content is compared, as that of the model and the data set is
 SCORING = "dataset max_eval_samples holdout seed drop_leaked max_input_len max_target_len final_beams precision"
 SCORING += " holdout_seed sem_model"
 NOT_THE_METHOD = {"seed", *HARMLESS} - {"model_name", "dataset", "sem_model", "gradient_checkpointing"}
@@ -62,7 +62,7 @@ def test_what_follows_from_the_roles_is_what_was_kept_by_hand(names):
     assert {name for name in names if not sets_methods_apart(name)} == NOT_THE_METHOD
     assert set(with_role(Role.ROWS)) == {"max_train_samples", "holdout", "holdout_seed", "drop_leaked"}
     assert set(with_role(Role.MEASURE)) == {"sem_model", "final_beams", "max_input_len", "max_target_len"}
-    assert set(with_role(Role.INPUT)) == {"model_name", "dataset", "sem_model"}
+    assert set(with_role(Role.INPUT)) == {"model_name", "dataset", "sem_model", "probe"}
 
 
 def test_an_argument_that_no_flag_has_any_more_still_sets_runs_apart():

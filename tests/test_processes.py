@@ -76,7 +76,8 @@ def calm_demo(made_once):
 def arguments(script, calm_demo, **others):
     """Those of a small run: 45 rows, which neither batches of 4 nor steps of 8 divide."""
     given = {"model_name": calm_demo, "dataset": PROJECT / "demo" / "tweets", "sem_model": "none", "lr": 1e-3}
-    given |= {"max_train_samples": 45, "max_eval_samples": 37, "epochs": 2, "eval_batch_size": 8, **others}
+    given |= {"max_train_samples": 45, "max_eval_samples": 37, "epochs": 2, "eval_batch_size": 8}
+    given |= {"probe": PROJECT / "probes" / "demo.jsonl", **others}
     if script == LORA:
         given |= {"lora_dropout": 0, "lr": 3e-3}
     return [part for name, value in given.items() for part in (f"--{name}", value)]
