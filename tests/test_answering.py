@@ -1,0 +1,144 @@
+"""benchmarks/answering.py: all models answer the same in turns, and its file says what was measured."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import FULL, LORA, run_script
+from plain import TINY_T5, demo_rows, questions_and_tweets
+
+from benchmarks import answering
+from helper_functions import answer
+from pipeline.checkpoint import load_checkpoint
+
+ROWS = 12
+KEYS = {"label", "folder", "kind", "rows_per_second", "rows_per_second_of_rounds", "delay_ms", "delay_ms_quartiles"}
+
+
+@pytest.fixture(scope="module")
+def runs(made_once):
+    """A folder with the finished runs `full` and `lora` of the demo's T5; to be read only."""
+
+    def make(folder):
+        (folder / "data").mkdir()
+        for split in ("train", "validation"):
+            (folder / "data" / f"{split}.json").write_text(json.dumps(demo_rows(ROWS, split)))
+        common = ["--model_name", TINY_T5, "--dataset", folder / "data", "--sem_model", "none", "--final_beams", 2]
+        for script, name in ((FULL, "full"), (LORA, "lora")):
+            done = run_script(script, *common, "--epochs", 1, "--save_dir", folder / name)
+            assert done.returncode == 0, done.stderr
+
+    return made_once("runs_to_answer", make)[0]
+
+
+@pytest.fixture(scope="module")
+def measured(runs, tmp_path_factory):
+    """(what the file says, what was printed, [(kind, questions, options)] of all calls of `answer`)."""
+    out, calls, kinds = tmp_path_factory.mktemp("answering") / "new" / "out.json", [], {}
+
+    def noted(model, tokenizer, device, question, tweet, **options):
+        kind = (
+            "adapter" if hasattr(model, "peft_config") else kinds.setdefault(id(model), ("full", "merged")[len(kinds)])
+        )
+        calls.append((kind, question, options))
+        return answer(model, tokenizer, device, question, tweet, **options)
+
+    argv = [str(out), f"all={runs / 'full'}", f"LoRA={runs / 'lora'}", "--rounds", "2", "--questions", "5"]
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(answering, "answer", noted)
+        patch.setattr("builtins.print", lambda text, **_: said.append(text))
+        assert answering.main(argv) == 0
+    return json.loads(out.read_text()), "\n".join(said), calls
+
+
+def test_the_file_says_what_was_measured(measured, runs):
+    found, said, _ = measured
+    names = {"machine", "date", "commit", "threads", "rows", "beams", "questions", "rounds", "contenders"}
+    assert found.keys() == names and found["threads"] == torch.get_num_threads()
+    assert (found["rows"], found["beams"], found["questions"], found["rounds"]) == (ROWS, 2, 5, 2)
+    contenders = found["contenders"]
+    assert [(each["label"], each["kind"]) for each in contenders] == [
+        ("all", "full"),
+        ("LoRA", "adapter"),
+        ("LoRA", "merged"),
+    ]
+    assert [each["folder"] for each in contenders] == [str(runs / name) for name in ("full", "lora", "lora")]
+    for each in contenders:
+        assert each.keys() == KEYS | ({"answers_changed"} if each["kind"] == "merged" else set())
+        low, high = each["delay_ms_quartiles"]
+        assert 0 < low <= each["delay_ms"] <= high and len(each["rows_per_second_of_rounds"]) == 2
+        assert (
+            min(each["rows_per_second_of_rounds"]) <= each["rows_per_second"] <= max(each["rows_per_second_of_rounds"])
+        )
+        assert f"| {each['label']} | {answering.KINDS[each['kind']]} | {each['rows_per_second']:.1f} |" in said
+    assert f"{contenders[2]['answers_changed']} of {ROWS}" in said
+
+
+def test_all_answer_the_same_in_turns_and_the_order_alternates(measured):
+    _, _, calls = measured
+    kinds = ["full", "adapter", "merged"]
+    timed = calls[6:]  # each was warmed up by a batch and a question
+    rounds, singles = timed[:6], timed[6:]
+    assert [kind for kind, _, _ in rounds] == kinds + kinds[::-1]
+    assert all(len(questions) == ROWS for _, questions, _ in rounds)
+    assert [kind for kind, _, _ in singles] == kinds + kinds[::-1] + kinds + kinds[::-1] + kinds
+    asked = demo_rows(5)
+    assert [question for _, question, _ in singles] == [row["Question"] for row in asked for _ in kinds]
+    assert all(options["beams"] == 2 for _, _, options in calls)
+
+
+def test_the_changed_answers_are_counted_against_the_adapters(runs):
+    model, tokenizer = load_checkpoint(runs / "lora")
+    pair = [answering.Contender("a", "", kind, model, tokenizer, {"beams": 2}) for kind in ("adapter", "merged")]
+    answering.measure(pair, demo_rows(6), "cpu", rounds=1, questions=2)
+    assert pair[0].answers == answer(model, tokenizer, "cpu", *questions_and_tweets(demo_rows(6)), beams=2)
+    assert answering.figures(pair[1], pair)["answers_changed"] == 0
+    pair[1].answers = [*pair[1].answers[:4], "x", "y"]
+    assert answering.figures(pair[1], pair)["answers_changed"] == 2
+
+
+def changed(runs, folder, **values):
+    shutil.copytree(runs / "lora", folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["args"] |= values.pop("args", {})
+    (folder / "run.json").write_text(json.dumps(record | values))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["FULL"], "FULL: give each run as LABEL=FOLDER"),
+        (["a=FULL", "a=LORA"], "a=LORA: two runs have the label a"),
+        (["a=FULL", "b=TMP/none"], "b=TMP/none: TMP/none has no finished run of a training script"),
+        (["a=TMP/unfinished"], "a=TMP/unfinished: TMP/unfinished has no finished run of a training script"),
+        (["a=TMP/base"], "TMP/base has no finished run of a training script"),
+        (["a=FULL", "b=TMP/beams"], "a=FULL b=TMP/beams: these runs have different numbers of beams (--final_beams)"),
+        (["a=FULL", "b=TMP/data"], "a=FULL b=TMP/data: these runs have different data (--dataset)"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capfd, runs, given, message):
+    changed(runs, tmp_path / "unfinished", finished=False)
+    changed(runs, tmp_path / "base", method="base")
+    changed(runs, tmp_path / "beams", args={"final_beams": 3})
+    changed(runs, tmp_path / "data", content={"dataset": "another"})
+
+    def placed(text):
+        for name, folder in (("FULL", runs / "full"), ("LORA", runs / "lora"), ("TMP", tmp_path)):
+            text = text.replace(name, str(folder))
+        return text
+
+    assert answering.main([str(tmp_path / "out.json"), *map(placed, given)]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1 and err.startswith(f"error: {placed(message)}" if message[0] != "T" else "error: a=")
+    assert placed(message) in err and not (tmp_path / "out.json").exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_any_model_is_loaded(tmp_path, capfd, runs, monkeypatch):
+    monkeypatch.setattr(answering, "load_contenders", None)
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "out.json"):
+        assert answering.main([str(out), f"a={runs / 'full'}"]) == 2
+        err = capfd.readouterr().err
+        assert err.count("\n") == 1 and " is a folder" in err or " is not a folder" in err
