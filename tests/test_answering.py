@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import FULL, LORA, run_script
-from plain import TINY_T5, demo_rows, questions_and_tweets
+from plain import demo_rows, questions_and_tweets
 
 from benchmarks import answering
 from helper_functions import answer
@@ -17,23 +16,7 @@ KEYS = {"label", "folder", "kind", "rows_per_second", "rows_per_second_of_rounds
 
 
 @pytest.fixture(scope="module")
-def runs(made_once):
-    """A folder with the finished runs `full` and `lora` of the demo's T5; to be read only."""
-
-    def make(folder):
-        (folder / "data").mkdir()
-        for split in ("train", "validation"):
-            (folder / "data" / f"{split}.json").write_text(json.dumps(demo_rows(ROWS, split)))
-        common = ["--model_name", TINY_T5, "--dataset", folder / "data", "--sem_model", "none", "--final_beams", 2]
-        for script, name in ((FULL, "full"), (LORA, "lora")):
-            done = run_script(script, *common, "--epochs", 1, "--save_dir", folder / name)
-            assert done.returncode == 0, done.stderr
-
-    return made_once("runs_to_answer", make)[0]
-
-
-@pytest.fixture(scope="module")
-def measured(runs, tmp_path_factory):
+def measured(demo_runs, tmp_path_factory):
     """(what the file says, what was printed, [(kind, questions, options)] of all calls of `answer`)."""
     out, calls, kinds = tmp_path_factory.mktemp("answering") / "new" / "out.json", [], {}
 
@@ -44,7 +27,8 @@ def measured(runs, tmp_path_factory):
         calls.append((kind, question, options))
         return answer(model, tokenizer, device, question, tweet, **options)
 
-    argv = [str(out), f"all={runs / 'full'}", f"LoRA={runs / 'lora'}", "--rounds", "2", "--questions", "5"]
+    argv = [str(out), f"all={demo_runs / 'full'}", f"LoRA={demo_runs / 'lora'}", "--rows", str(ROWS)]
+    argv += ["--rounds", "2", "--questions", "5"]
     with pytest.MonkeyPatch.context() as patch:
         said = []
         patch.setattr(answering, "answer", noted)
@@ -53,7 +37,7 @@ def measured(runs, tmp_path_factory):
     return json.loads(out.read_text()), "\n".join(said), calls
 
 
-def test_the_file_says_what_was_measured(measured, runs):
+def test_the_file_says_what_was_measured(measured, demo_runs):
     found, said, _ = measured
     names = {"machine", "date", "commit", "threads", "rows", "beams", "questions", "rounds", "contenders"}
     assert found.keys() == names and found["threads"] == torch.get_num_threads()
@@ -64,7 +48,7 @@ def test_the_file_says_what_was_measured(measured, runs):
         ("LoRA", "adapter"),
         ("LoRA", "merged"),
     ]
-    assert [each["folder"] for each in contenders] == [str(runs / name) for name in ("full", "lora", "lora")]
+    assert [each["folder"] for each in contenders] == [str(demo_runs / name) for name in ("full", "lora", "lora")]
     for each in contenders:
         assert each.keys() == KEYS | ({"answers_changed"} if each["kind"] == "merged" else set())
         low, high = each["delay_ms_quartiles"]
@@ -89,8 +73,8 @@ def test_all_answer_the_same_in_turns_and_the_order_alternates(measured):
     assert all(options["beams"] == 2 for _, _, options in calls)
 
 
-def test_the_changed_answers_are_counted_against_the_adapters(runs):
-    model, tokenizer = load_checkpoint(runs / "lora")
+def test_the_changed_answers_are_counted_against_the_adapters(demo_runs):
+    model, tokenizer = load_checkpoint(demo_runs / "lora")
     pair = [answering.Contender("a", "", kind, model, tokenizer, {"beams": 2}) for kind in ("adapter", "merged")]
     answering.measure(pair, demo_rows(6), "cpu", rounds=1, questions=2)
     assert pair[0].answers == answer(model, tokenizer, "cpu", *questions_and_tweets(demo_rows(6)), beams=2)
@@ -99,8 +83,8 @@ def test_the_changed_answers_are_counted_against_the_adapters(runs):
     assert answering.figures(pair[1], pair)["answers_changed"] == 2
 
 
-def changed(runs, folder, **values):
-    shutil.copytree(runs / "lora", folder)
+def changed(demo_runs, folder, **values):
+    shutil.copytree(demo_runs / "lora", folder)
     record = json.loads((folder / "run.json").read_text())
     record["args"] |= values.pop("args", {})
     (folder / "run.json").write_text(json.dumps(record | values))
@@ -118,14 +102,14 @@ def changed(runs, folder, **values):
         (["a=FULL", "b=TMP/data"], "a=FULL b=TMP/data: these runs have different data (--dataset)"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capfd, runs, given, message):
-    changed(runs, tmp_path / "unfinished", finished=False)
-    changed(runs, tmp_path / "base", method="base")
-    changed(runs, tmp_path / "beams", args={"final_beams": 3})
-    changed(runs, tmp_path / "data", content={"dataset": "another"})
+def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capfd, demo_runs, given, message):
+    changed(demo_runs, tmp_path / "unfinished", finished=False)
+    changed(demo_runs, tmp_path / "base", method="base")
+    changed(demo_runs, tmp_path / "beams", args={"final_beams": 3})
+    changed(demo_runs, tmp_path / "data", content={"dataset": "another"})
 
     def placed(text):
-        for name, folder in (("FULL", runs / "full"), ("LORA", runs / "lora"), ("TMP", tmp_path)):
+        for name, folder in (("FULL", demo_runs / "full"), ("LORA", demo_runs / "lora"), ("TMP", tmp_path)):
             text = text.replace(name, str(folder))
         return text
 
@@ -135,10 +119,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, capfd, runs, g
     assert placed(message) in err and not (tmp_path / "out.json").exists()
 
 
-def test_a_file_that_cannot_be_written_is_refused_before_any_model_is_loaded(tmp_path, capfd, runs, monkeypatch):
+def test_a_file_that_cannot_be_written_is_refused_before_any_model_is_loaded(tmp_path, capfd, demo_runs, monkeypatch):
     monkeypatch.setattr(answering, "load_contenders", None)
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "out.json"):
-        assert answering.main([str(out), f"a={runs / 'full'}"]) == 2
+        assert answering.main([str(out), f"a={demo_runs / 'full'}"]) == 2
         err = capfd.readouterr().err
         assert err.count("\n") == 1 and " is a folder" in err or " is not a folder" in err

@@ -169,30 +169,11 @@ def test_changed_answers_are_the_rows_that_differ():
 
 
 @pytest.fixture(scope="module")
-def runs(made_once):
-    """A folder with data/ and the finished runs `lora` and `full` of the demo's T5; to be read only."""
-
-    def make(folder):
-        (folder / "data").mkdir()
-        for split, count in {"train": 32, "validation": 40}.items():
-            (folder / "data" / f"{split}.json").write_text(json.dumps(demo_rows(count, split)))
-        common = ["--model_name", TINY_T5, "--dataset", folder / "data", "--sem_model", "none", "--final_beams", 2]
-        for script, name, more in (
-            (LORA, "lora", ["--lr", 3e-3, "--target_modules", "all-linear"]),
-            (FULL, "full", ["--lr", 1e-3]),
-        ):
-            done = run_script(script, *common, *more, "--epochs", 1, "--save_dir", folder / name)
-            assert done.returncode == 0, done.stderr
-
-    return made_once("runs_to_merge", make)[0]
-
-
-@pytest.fixture(scope="module")
-def noisy(made_once, runs):
+def noisy(made_once, demo_runs):
     """The LoRA run with noise on its adapter: its answers are so uncertain that rounding changes some."""
 
     def make(folder):
-        shutil.copytree(runs / "lora", folder / "run")
+        shutil.copytree(demo_runs / "lora", folder / "run")
         path = folder / "run" / "adapter_model.safetensors"
         torch.manual_seed(0)
         weights = {name: weight + 0.2 * torch.randn_like(weight) for name, weight in load_file(path).items()}
@@ -224,7 +205,7 @@ def assert_counted_as_plain_peft(said, run, out, rows, beams):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_the_changed_answers_are_those_that_plain_peft_finds(tmp_path, runs, noisy, dtype):
+def test_the_changed_answers_are_those_that_plain_peft_finds(tmp_path, demo_runs, noisy, dtype):
     out, before = tmp_path / "new" / "out", contents(noisy)
     done = run_script(LORA, "--merge", noisy, out, "--merge_dtype", dtype)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -234,12 +215,12 @@ def test_the_changed_answers_are_those_that_plain_peft_finds(tmp_path, runs, noi
     assert contents(noisy) == before and not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_what_was_merged_is_an_ordinary_checkpoint(tmp_path, runs):
+def test_what_was_merged_is_an_ordinary_checkpoint(tmp_path, demo_runs):
     out = tmp_path / "out"
-    done = run_script(LORA, "--merge", runs / "lora", out)
+    done = run_script(LORA, "--merge", demo_runs / "lora", out)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     told = json.loads((out / "merge.json").read_text())
-    final = json.loads((runs / "lora" / "run.json").read_text())["final"]
+    final = json.loads((demo_runs / "lora" / "run.json").read_text())["final"]
     assert (told["f1_adapter"], told["em_adapter"]) == (final["f1"], final["em"])
     assert told["dtype"] == "fp32" and 0 <= told["max_logit_difference"] < FLOAT32 * told["largest_logit"]
     card = (out / "README.md").read_text()
@@ -248,16 +229,16 @@ def test_what_was_merged_is_an_ordinary_checkpoint(tmp_path, runs):
 
     asked = questions_and_tweets(demo_rows(8))
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForSeq2SeqLM.from_pretrained(out)
-    assert answer(model, tokenizer, "cpu", *asked) == answer(*load_checkpoint(runs / "lora"), "cpu", *asked)
-    given = ("--dataset", runs / "data", "--sem_model", "none", "--final_beams", 2)
+    assert answer(model, tokenizer, "cpu", *asked) == answer(*load_checkpoint(demo_runs / "lora"), "cpu", *asked)
+    given = ("--dataset", demo_runs / "data", "--sem_model", "none", "--final_beams", 2)
     done = run_script(FULL, "--eval_only", "--save_dir", out, *given)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     scored = json.loads((out / "run.json").read_text())
     assert scored["method"] == "full" and scored["final"]["f1"] == told["f1_merged"]
 
 
-def test_a_runs_record_does_not_have_the_flags_of_merge(runs):
-    args = json.loads((runs / "lora" / "run.json").read_text())["args"]
+def test_a_runs_record_does_not_have_the_flags_of_merge(demo_runs):
+    args = json.loads((demo_runs / "lora" / "run.json").read_text())["args"]
     assert "lora_r" in args and not {"merge", "merge_dtype"} & args.keys()
 
 
@@ -336,9 +317,9 @@ BAD = {  # {what is wrong: (a change of `run` in the folder, RUN, OUT, more argu
 
 
 @pytest.mark.parametrize("wrong", BAD)
-def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path, capfd, runs, wrong):
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path, capfd, demo_runs, wrong):
     change, run, out, more, message = BAD[wrong]
-    shutil.copytree(runs / "lora", tmp_path / "run")
+    shutil.copytree(demo_runs / "lora", tmp_path / "run")
     if change:
         change(tmp_path / "run")
     argv = ["--merge", f"{tmp_path}/{run}", f"{tmp_path}/{out}", *(w.replace("FOLDER", str(tmp_path)) for w in more)]
@@ -347,10 +328,10 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(tmp_path, capfd
     assert sorted(tmp_path.iterdir()) == there
 
 
-def test_the_type_alone_and_several_processes_are_refused(tmp_path, capfd, runs, monkeypatch):
+def test_the_type_alone_and_several_processes_are_refused(tmp_path, capfd, demo_runs, monkeypatch):
     assert_refused_at(capfd, tmp_path, LORA, ["--merge_dtype", "bf16"], "give it with --merge RUN OUT")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    argv = ["--merge", str(runs / "lora"), str(tmp_path / "out")]
+    argv = ["--merge", str(demo_runs / "lora"), str(tmp_path / "out")]
     assert_refused_at(capfd, tmp_path, LORA, argv, "--merge needs a single process")
 
 
@@ -361,12 +342,12 @@ def test_the_type_alone_and_several_processes_are_refused(tmp_path, capfd, runs,
         (OSError(28, "No space left on device"), 1, "No space left on device"),
     ],
 )
-def test_a_merge_that_is_stopped_leaves_nothing(tmp_path, capfd, runs, without_java, error, code, message):
+def test_a_merge_that_is_stopped_leaves_nothing(tmp_path, capfd, demo_runs, without_java, error, code, message):
     def stop():
         raise error
 
     with at_call(merging, "changed_answers", 1, stop):
-        ended = main_of(LORA)(["--merge", str(runs / "lora"), str(tmp_path / "out")])
+        ended = main_of(LORA)(["--merge", str(demo_runs / "lora"), str(tmp_path / "out")])
     assert ended == code if code else ended not in (0, 2)
     err = capfd.readouterr().err
     assert message in err and err.count("\n") == 1
