@@ -21,9 +21,8 @@ def measured(demo_runs, tmp_path_factory):
     out, calls, kinds = tmp_path_factory.mktemp("answering") / "new" / "out.json", [], {}
 
     def noted(model, tokenizer, device, question, tweet, **options):
-        kind = (
-            "adapter" if hasattr(model, "peft_config") else kinds.setdefault(id(model), ("full", "merged")[len(kinds)])
-        )
+        adapter = hasattr(model, "peft_config")
+        kind = "adapter" if adapter else kinds.setdefault(id(model), "merged" if kinds else "full")
         calls.append((kind, question, options))
         return answer(model, tokenizer, device, question, tweet, **options)
 
