@@ -176,8 +176,8 @@ def noisy(made_once, demo_runs):
     def make(folder):
         shutil.copytree(demo_runs / "lora", folder / "run")
         path = folder / "run" / "adapter_model.safetensors"
-        torch.manual_seed(0)
-        weights = {name: 0.05 * torch.randn_like(weight) for name, weight in load_file(path).items()}
+        torch.manual_seed(2)
+        weights = {name: 0.1 * torch.randn_like(weight) for name, weight in load_file(path).items()}
         save_file(weights, path, {"format": "pt"})
 
     return made_once("noisy", make)[0] / "run"
