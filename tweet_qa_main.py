@@ -66,15 +66,18 @@ def main(argv=None):
     return run_from_command_line(build_parser(__doc__, lr=1e-4, save_dir="flan_t5_tweetqa_ckpt"), argv)
 
 
-def run_from_command_line(parser, argv=None, wrap=None):
+def run_from_command_line(parser, argv=None, wrap=None, instead=None):
     """Parse argv and run. Returns the exit code: 0, or another after one line on stderr that says why.
 
-    wrap: None to train every weight, or a function (model, args) -> PeftModel.
+    wrap: None to train every weight, or a function (model, args) -> PeftModel. instead: None, or a function (parser,
+    argv) that does another job in place of a run if argv asks for it, and returns whether it did.
     """
     show_any_character()
     args = parser.parse_args(argv)
     method = "lora" if wrap else "full"
     try:
+        if instead and instead(parser, argv):
+            return 0
         if args.eval_only:
             args = resume.with_the_runs_scoring(parser, argv, args)
         args = resume.with_the_runs_holdout(args)

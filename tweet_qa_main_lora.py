@@ -9,6 +9,7 @@ the two methods.
 
 import sys
 
+from merge_adapter import MERGE_FLAGS, merge_if_asked
 from pipeline.arguments import Role, at_least, build_parser, flag, rate
 from pipeline.t5 import hold_in_bf16, matrices_to_adapt
 from tweet_qa_main import run_from_command_line
@@ -34,13 +35,14 @@ LORA_FLAGS = [
         default="fp32",
         help="type of the frozen weights; bf16 halves their memory",
     ),
+    *MERGE_FLAGS,
 ]
 
 
 def main(argv=None):
     save_dir = "flan_t5_tweetqa_ckpt_lora"
     parser = build_parser(__doc__, lr=3e-4, save_dir=save_dir, more=LORA_FLAGS, title="LoRA")
-    return run_from_command_line(parser, argv, wrap=add_lora)
+    return run_from_command_line(parser, argv, wrap=add_lora, instead=merge_if_asked)
 
 
 def add_lora(model, args):

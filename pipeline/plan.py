@@ -197,6 +197,8 @@ def _flag(where, key, script, parser):
         raise _Wrong(f"{where}{key}: the study sets it for each run: leave it out")
     if key == "push_to_hub":
         raise _Wrong(f"{where}{key}: a study uploads nothing, as a repository has one run: upload one later")
+    if key in ("merge", "merge_dtype"):
+        raise _Wrong(f"{where}{key}: a study merges nothing: merge a run later (tweet_qa_main_lora.py --merge)")
     if key not in flags:
         near = difflib.get_close_matches(key, flags, n=1)
         more = f" (did you mean {near[0]}?)" if near else ""

@@ -338,7 +338,7 @@ def seed_runs(args, method):
 
 def how_to_resume(args, method):
     """How to resume a run that ended early, as the end of a message."""
-    if args.eval_only:
+    if args.eval_only or "merge" in args:
         return "nothing was trained"
     try:
         former = check_can_resume(args.save_dir, method, vars(args))

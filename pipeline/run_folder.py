@@ -45,8 +45,9 @@ RUN_FILES = (
     *("breakdown.csv", "breakdown.png", "probe_losses.csv", "README.md"),
 )
 FIRST_PROMPT = "Question: {question}\nTweet: {tweet}\nAnswer:"  # of the runs that did not record theirs
+MERGING = ".tmp-merged"  # where --merge writes, in its OUT
 # What a killed run can leave behind.
-UNRENAMED = {".tmp-last", ".tmp-checkpoint", *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
+UNRENAMED = {".tmp-last", ".tmp-checkpoint", MERGING, *(f".tmp-{name}" for name in ("run.json", *RUN_FILES))}
 
 
 # ----------------------------------------------------------------------------------------------- before it is written
@@ -64,13 +65,22 @@ def check_is_free(folder, overwrite=False):
             f"--save_dir {folder} already has a run: resume it (--resume), replace it (--overwrite), or choose another"
             " folder"
         )
-    check_writable(folder)
-    if not has_run and folder.is_dir():
+    if has_run:
+        check_writable(folder)
+    else:
+        check_is_empty(folder)
+
+
+def check_is_empty(folder, flag="--save_dir"):
+    """Raise InputError unless `folder` can be written to, and is new or empty. flag: what an error message names."""
+    folder = Path(folder)
+    check_writable(folder, flag)
+    if folder.is_dir():
         other = sorted(path.name for path in folder.iterdir() if not _may_be_there(path))
         if other:
             more = f" and {len(other) - 1} more" if len(other) > 1 else ""
             raise InputError(
-                f"--save_dir {folder} contains {other[0]}{more}, which no run has written: choose another folder, or"
+                f"{flag} {folder} contains {other[0]}{more}, which no run has written: choose another folder, or"
                 " empty it first"
             )
 
@@ -170,8 +180,7 @@ def write_table(path, rows):
 
 def write_predictions(path, frame):
     """Write the frame of `evaluate` as CSV; `references` becomes a JSON list, which `load_tweet_qa` can read too."""
-    references = [json.dumps(refs, ensure_ascii=False) for refs in frame["references"]]
-    write_table(path, frame.assign(references=references))
+    write_table(path, frame.assign(references=[json.dumps(refs, ensure_ascii=False) for refs in frame["references"]]))
 
 
 def write_test_answers(path, rows, predictions):
@@ -199,7 +208,7 @@ def describe_run(setup, method, model, prompt):
         "args": dict(vars(setup.args)),
         "prompt": prompt,
         "content": setup.content,  # {argument: hash of what its path or hub id holds}
-        "versions": {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES},
+        "versions": versions(),
         "git_commit": git_commit(),
         "run_id": uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -226,7 +235,12 @@ def run_record(start, *, training=None, results=None, end=None):
 
 def write_run_json(folder, record):
     """Write run.json, see `run_record`."""
-    with writing(Path(folder, "run.json")) as beside:
+    write_json(Path(folder, "run.json"), record)
+
+
+def write_json(path, record):
+    """Write a dict as JSON that one can read."""
+    with writing(path) as beside:
         beside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -247,6 +261,11 @@ def read_run_json(folder):
 def is_finished(run):
     """Whether the run of this run.json has finished, so that there is nothing to resume."""
     return run.get("finished", True)
+
+
+def versions():
+    """{library: version} of Python and what a result can depend on."""
+    return {"python": sys.version.split()[0]} | {library: version(library) for library in LIBRARIES}
 
 
 def git_commit():

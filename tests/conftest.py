@@ -313,6 +313,27 @@ def finished_runs(made_once, standin, tweet_qa):
     return made_once("finished", make)[0]
 
 
+@pytest.fixture(scope="session")
+def demo_runs(made_once):
+    """A folder with data/ (40 validation rows of the demo) and the finished runs `full` and `lora` of the demo's T5;
+    to be read only."""
+    from plain import TINY_T5, demo_rows
+
+    def make(folder):
+        (folder / "data").mkdir()
+        for split, count in {"train": 32, "validation": 40}.items():
+            (folder / "data" / f"{split}.json").write_text(json.dumps(demo_rows(count, split)))
+        common = ["--model_name", TINY_T5, "--dataset", folder / "data", "--sem_model", "none", "--final_beams", 2]
+        for script, name, more in (
+            (FULL, "full", ["--lr", 1e-3]),
+            (LORA, "lora", ["--lr", 3e-3, "--target_modules", "all-linear"]),
+        ):
+            done = run_script(script, *common, *more, "--epochs", 1, "--save_dir", folder / name)
+            assert done.returncode == 0, done.stderr
+
+    return made_once("demo_runs", make)[0]
+
+
 def readme_snippets():
     """The Python blocks of README.md that load a run: the full one and the LoRA one."""
     blocks = re.findall(r"```python\n(.*?)```", (PROJECT / "README.md").read_text(), flags=re.DOTALL)

@@ -18,6 +18,7 @@ from pipeline.arguments import (
 )
 
 LORA_FLAGS = {"lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "base_dtype"}
+LORA_FLAGS |= {"merge", "merge_dtype"}
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def test_a_flag_cannot_come_into_a_parser_but_by_its_declaration(monkeypatch):
 # The lists that were kept by hand before each flag had a role.
 HARMLESS = "save_dir resume overwrite seeds eval_only save_every eval_batch_size auto_batch_size"
 HARMLESS = [*HARMLESS.split(), *"gradient_checkpointing report_to push_to_hub model_name dataset".split()]
+HARMLESS += ["merge", "merge_dtype"]
 HARMLESS += ["sem_model", "probe"]  # whose content is compared, as that of the model and the data set is
 SCORING = "dataset max_eval_samples holdout seed drop_leaked max_input_len max_target_len final_beams precision"
 SCORING += " holdout_seed sem_model"

@@ -17,7 +17,8 @@ from conftest import PROJECT
 ABOVE_PIPELINE = {
     "helper_functions": set(),
     "tweet_qa_main": {"helper_functions"},
-    "tweet_qa_main_lora": {"helper_functions", "tweet_qa_main"},
+    "merge_adapter": {"helper_functions", "tweet_qa_main"},
+    "tweet_qa_main_lora": {"helper_functions", "tweet_qa_main", "merge_adapter"},
     "compare_runs": set(),
     "study": {"compare_runs", "tweet_qa_main_lora"},
 }

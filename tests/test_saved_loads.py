@@ -27,10 +27,19 @@ from transformers import (
 )
 
 from benchmarks.standin import write_model
-from helper_functions import InputError, answer, load_model_and_tokenizer
+from helper_functions import (
+    InputError,
+    TweetQADataset,
+    answer,
+    build_collate_fn,
+    load_model_and_tokenizer,
+    load_tweet_qa,
+)
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.merge import merge
 
 TRANSFORMERS_4 = PROJECT / ".venv" / "transformers4"
+DATA = TINY_T5.parent / "tweets"
 ROWS = demo_rows(8)
 ASKED = questions_and_tweets(ROWS)
 TEXTS = [row["Tweet"] for row in demo_rows(60)] + ["caf\u00e9 \u2460 \ufb01 \U0001f600", "<extra_id_0> a", "", "\t\n"]
@@ -84,6 +93,8 @@ MODELS = {
     "a tied T5": write_tied,
     "tied, not scaled": lambda folder: write_tied(folder, tie_word_embeddings=False),
     "a tied mT5": lambda folder: write_tied(folder, MT5ForConditionalGeneration, MT5Config),
+    "the demo's, merged": lambda folder: shutil.copytree(TINY_T5, folder),
+    "a tied T5, merged": write_tied,
 }
 each_model = pytest.mark.parametrize("name", MODELS)
 
@@ -118,6 +129,12 @@ def saved(tmp_path_factory, standin):
         if write:
             write(base)
         model, tokenizer = load_model_and_tokenizer(str(base))
+        if "merged" in name:
+            adapter = plain_peft(root / f"adapter {number}", base, target_modules="all-linear", r=2, lora_alpha=32)
+            batch = build_collate_fn(tokenizer)(
+                [*TweetQADataset(load_tweet_qa(str(DATA))["validation"][:8], tokenizer)]
+            )
+            model = merge(load_checkpoint(adapter)[0], batch, "run")
         answers = {str(beams): answer(model, tokenizer, "cpu", *ASKED, beams=beams) for beams in BEAMS}
         folder = root / str(number)
         folder.mkdir()
