@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-from benchmarks.report import slug
+from benchmarks.report import paired_difference, slug, spread
 from benchmarks.run import DEMO, DEMO_LORA, DEMO_LR, RESULTS, device_name, say
 from pipeline.arguments import at_least
 from pipeline.run_folder import git_commit
@@ -89,23 +89,6 @@ def _without_the_final_evaluation(script):
 def last_f1(run):
     """F1 out of 100 after the last epoch; 0 for a run without a finite loss."""
     return 100 * run["f1"][-1] if run["f1"] and math.isfinite(run["val_loss"]) else 0.0
-
-
-def paired_difference(ours, theirs):
-    """(mean, low, high) of ours - theirs over pairs, with Student's 95 % interval; one pair has no interval (nan)."""
-    from scipy import stats
-
-    values = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
-
-
-def spread(values):
-    """ "66.1 ± 1.9": mean and standard deviation."""
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def compare(runs, variants):
