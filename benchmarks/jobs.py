@@ -152,7 +152,7 @@ def where_training_time_goes(contender, case, batches, lora, device, precision):
     contender.train(*loaded, *given(batches))
     profiler.stop()
     hook.remove()
-    return {"flops_a_step": counter.get_total_flops() / len(batches[SKIPPED:])} | shares_of(profiler, device, precision)
+    return {"flops_a_step": counter.get_total_flops() / len(batches[SKIPPED:])} | shares_of(profiler, device)
 
 
 def where_validation_time_goes(contender, case, beams, device, precision):
@@ -163,7 +163,7 @@ def where_validation_time_goes(contender, case, beams, device, precision):
         contender.validate(*given)
     with new_profiler(device) as profiler:
         contender.validate(*given)
-    return {"flops": counter.get_total_flops()} | shares_of(profiler, device, precision)
+    return {"flops": counter.get_total_flops()} | shares_of(profiler, device)
 
 
 def new_profiler(device):
@@ -172,21 +172,19 @@ def new_profiler(device):
     return profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU])
 
 
-def shares_of(profiler, device, precision):
-    """The ten operations that took most time, and what the device can do at best in that precision."""
+def shares_of(profiler, device):
+    """{"shares": of the time, for the ten operations that took most of it}."""
     kind = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     spent = {event.key: getattr(event, kind) for event in profiler.key_averages()}
     total = sum(spent.values())
     most = sorted(spent, key=spent.get, reverse=True)[:10]
-    return {
-        "shares": {name: round(spent[name] / total, 4) for name in most},
-        "matmul_flops_a_second": matmul_peak(device, precision),
-    }
+    return {"shares": {name: round(spent[name] / total, 4) for name in most}}
 
 
-def matmul_peak(device, precision):
+def matmul_peak(_, device, precision, seconds=1.0):
     """Floating point operations a second of the fastest large matrix multiplication in float32 or bfloat16: torch's own
-    product and, on a CPU, oneDNN's, of some sizes."""
+    product and, on a CPU, oneDNN's, of some sizes. seconds: that each of them is tried for, since others may disturb.
+    """
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -195,10 +193,12 @@ def matmul_peak(device, precision):
     for size in (8192,) if device == "cuda" else (1024, 2048):
         a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
         for product in products:
-            for _ in range(10):
+            began = ended = time.perf_counter()
+            while ended - began < seconds:
                 started = time.perf_counter()
                 product(a, b)[0, 0].item()  # waits for a GPU
-                peak = max(peak, 2 * size**3 / (time.perf_counter() - started))
+                ended = time.perf_counter()
+                peak = max(peak, 2 * size**3 / (ended - started))
     return peak
 
 

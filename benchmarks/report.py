@@ -59,9 +59,9 @@ def row(title, values, digits, ratio=None, absent=""):
     return f"| {title} | {' | '.join(cells)} |"
 
 
-def alone(title, text, after=""):
-    """A line with one cell, this project's, and maybe the one of CTranslate2."""
-    return f"| {title} | {text} | | | {after} | | | |"
+def alone(title, text):
+    """A line with one cell, in this project's column."""
+    return f"| {title} | {text} |" + " |" * 6
 
 
 def share(title, figures):
@@ -93,6 +93,8 @@ def short_table(found):
 def table(found):
     """The whole table: one row per figure, one column per contender, and the ratios."""
     lines = header(found)
+    for precision, peak in found["matmul_flops_a_second"].items():
+        lines.append(alone(f"fastest matrix product in {precision}, GFLOP/s", f"{peak / 1e9:,.0f}"))
     for case, figures in found["cases"].items():
         lines.append(f"| **{case}** |" + " |" * 7)
         passes = figures["validation"]
@@ -101,10 +103,7 @@ def table(found):
             tokens = pick(figures[method], "tokens_a_second")
             lines.append(row(f"{method}: training, tokens/s without padding", tokens, 0, 1))
             lines.append(row(f"{method}: peak memory (MB)", pick(figures[method], "peak_memory_mb"), 0, -1))
-            peak = figures[method]["profile"]["matmul_flops_a_second"] / 1e9
-            lines.append(
-                share(f"{method}: training, share of the matmul peak, {peak:,.0f} GFLOP/s (%)", figures[method])
-            )
+            lines.append(share(f"{method}: training, share of the matmul peak (%)", figures[method]))
         for side in ("source", "target"):
             values = {name: 100 * padded[side] for name, padded in figures["padding"].items()}
             lines.append(row(f"padding of the {side} (%)", values, 1))
