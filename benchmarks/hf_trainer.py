@@ -24,7 +24,7 @@ class Trainer(Seq2SeqTrainer):
         return self.evaluated
 
 
-def _trainer(model, tokenizer, rows, folder, device, batch_size=8, lr=1e-4, seed=0):
+def _trainer(model, tokenizer, rows, folder, device, precision, batch_size=8, lr=1e-4, seed=0):
     data = TweetQADataset(rows, tokenizer)
     items = [{"input_ids": ids, "labels": labels} for ids, labels in zip(data.input_ids, data.labels, strict=True)]
     arguments = Seq2SeqTrainingArguments(
@@ -41,7 +41,7 @@ def _trainer(model, tokenizer, rows, folder, device, batch_size=8, lr=1e-4, seed
         report_to="none",
         disable_tqdm=True,
         use_cpu=device == "cpu",
-        bf16=device == "cuda",
+        bf16=precision == "bf16",
         seed=seed,
     )
     trainer = Trainer(
@@ -60,22 +60,22 @@ def epoch_order(rows, tokenizer, batch_size, seed):
     """The positions of the rows in the order of an epoch."""
     torch.manual_seed(seed)
     with TemporaryDirectory() as folder:
-        trainer = _trainer(torch.nn.Linear(1, 1), tokenizer, rows, folder, "cpu", batch_size)
+        trainer = _trainer(torch.nn.Linear(1, 1), tokenizer, rows, folder, "cpu", "fp32", batch_size)
         return list(trainer._get_train_sampler())
 
 
-def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
-    """Train on the rows in the given order."""
+def train(model, tokenizer, rows, order, batch_size, lr, seed, device, precision):
+    """Train on the rows in the given order. precision: "fp32" or "bf16"."""
     with TemporaryDirectory() as folder:
-        trainer = _trainer(model, tokenizer, rows, folder, device, batch_size, lr, seed)
+        trainer = _trainer(model, tokenizer, rows, folder, device, precision, batch_size, lr, seed)
         trainer.order = list(order)
         trainer.train()
 
 
-def validate(model, tokenizer, rows, beams, device, sem_model=None):
+def validate(model, tokenizer, rows, beams, device, precision, sem_model=None):
     """(metrics, predictions) of the rows."""
     with TemporaryDirectory() as folder:
-        trainer = _trainer(model, tokenizer, rows, folder, device)
+        trainer = _trainer(model, tokenizer, rows, folder, device, precision)
         given = trainer.predict(trainer.eval_dataset, num_beams=beams, max_new_tokens=32)
     token_ids = given.predictions
     token_ids[token_ids < 0] = tokenizer.pad_token_id
@@ -90,7 +90,7 @@ def start(model_folder, data_folder):
     """Start a run; the caller ends the process at the first step."""
     model, tokenizer = load(model_folder, None)
     rows = load_tweet_qa(data_folder)["train"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, precision = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
     with TemporaryDirectory() as folder:
-        trainer = _trainer(model, tokenizer, rows, folder, device)
+        trainer = _trainer(model, tokenizer, rows, folder, device, precision)
         trainer.train()

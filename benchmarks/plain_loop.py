@@ -27,12 +27,12 @@ def _collate(tokenizer):
     return collate
 
 
-def _autocast(device):
-    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+def _autocast(device, precision):
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
-def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
-    """Train on the rows in the given order."""
+def train(model, tokenizer, rows, order, batch_size, lr, seed, device, precision):
+    """Train on the rows in the given order. precision: "fp32" or "bf16"."""
     set_seed(seed)
     loader = DataLoader([rows[index] for index in order], batch_size, collate_fn=_collate(tokenizer))
     model.to(device).train()
@@ -40,7 +40,7 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * len(loader)), len(loader))
     total_loss = 0.0
     for batch in loader:
-        with _autocast(device):
+        with _autocast(device, precision):
             loss = model(**batch.to(device)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -51,12 +51,12 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     return total_loss / len(loader)
 
 
-def validate(model, tokenizer, rows, beams, device, sem_model=None):
+def validate(model, tokenizer, rows, beams, device, precision, sem_model=None):
     """(metrics, predictions) of the rows."""
     model.to(device).eval()
     total_loss, predictions = 0.0, []
     loader = DataLoader(rows, batch_size=8, collate_fn=_collate(tokenizer))
-    with torch.no_grad(), _autocast(device):
+    with torch.no_grad(), _autocast(device, precision):
         for batch in loader:
             batch = batch.to(device)
             total_loss += model(**batch).loss.item()
@@ -72,5 +72,5 @@ def start(model_folder, data_folder):
     """Start a run; the caller ends the process at the first step."""
     model, tokenizer = load(model_folder, None)
     rows = load_tweet_qa(data_folder)["train"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    train(model, tokenizer, rows, epoch_order(rows, tokenizer, 8, 0), 8, 1e-4, 0, device)
+    device, precision = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+    train(model, tokenizer, rows, epoch_order(rows, tokenizer, 8, 0), 8, 1e-4, 0, device, precision)

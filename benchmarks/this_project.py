@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 
+import helper_functions
 from helper_functions import (
     TweetQADataset,
     build_collate_fn,
@@ -40,9 +41,9 @@ def epoch_order(rows, tokenizer, batch_size, seed):
     return list(train_loader(TweetQADataset(rows, tokenizer), batch_size, None, seed).sampler)
 
 
-def _accelerator():
+def _accelerator(precision):
     return Accelerator(
-        mixed_precision=choose_precision("auto"), dataloader_config=DataLoaderConfiguration(non_blocking=True)
+        mixed_precision=choose_precision(precision), dataloader_config=DataLoaderConfiguration(non_blocking=True)
     )
 
 
@@ -50,10 +51,10 @@ def _collate(tokenizer):
     return build_collate_fn(tokenizer, pad_to_multiple_of=8)
 
 
-def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
-    """Train on the rows in the given order, as `tweet_qa_main.train` does."""
+def train(model, tokenizer, rows, order, batch_size, lr, seed, device, precision):
+    """Train on the rows in the given order, as `tweet_qa_main.train` does. precision: "fp32" or "bf16"."""
     set_seed(seed)
-    accelerator = _accelerator()
+    accelerator = _accelerator(precision)
     data = TweetQADataset([rows[position] for position in order], tokenizer)
     loader = build_loader(data, batch_size, _collate(tokenizer), range(len(data)))
     use_fast_training(model, alone=True)
@@ -65,9 +66,9 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device):
     train_epoch(prepared, accelerator, LoopState(batch_size=batch_size))
 
 
-def validate(model, tokenizer, rows, beams, device, sem_model=None):
+def validate(model, tokenizer, rows, beams, device, precision, sem_model=None):
     """(metrics, predictions) of the rows, as an epoch's validation (1 beam) or the final pass (more) makes them."""
-    accelerator = _accelerator()
+    accelerator = _accelerator(precision)
     data = TweetQADataset(rows, tokenizer)
     loader = eval_loader(data, EVAL_BATCH_SIZE[device], _collate(tokenizer))
     metrics, frame = evaluate(
@@ -81,6 +82,11 @@ def validate(model, tokenizer, rows, beams, device, sem_model=None):
         with_scores=beams > 1,
     )
     return metrics, frame["prediction"].tolist()
+
+
+def answer(model, tokenizer, questions, tweets, beams):
+    """The answers to questions about tweets, from text to text."""
+    return helper_functions.answer(model, tokenizer, "cpu", questions, tweets, beams=beams)
 
 
 def start(model_folder, data_folder):

@@ -131,7 +131,7 @@ PLACES = {  # where code stands, and the files that name what it may import
     "": ["requirements.txt"],
     "pipeline": ["requirements.txt"],
     "demo": ["requirements.txt", "demo/requirements.txt"],
-    "benchmarks": ["requirements.txt", "demo/requirements.txt", "requirements-dev.txt"],
+    "benchmarks": ["requirements.txt", "demo/requirements.txt", "requirements-dev.txt", "benchmarks/requirements.txt"],
     "tests": ["requirements.txt", "demo/requirements.txt", "requirements-dev.txt"],
 }
 
@@ -154,7 +154,13 @@ def test_requirements_give_ranges_and_the_constraints_exact_versions():
     for line in (PROJECT / "requirements.txt").read_text().splitlines():
         assert re.fullmatch(r"#.*|[\w-]+>=[\d.]+(,<\d+)?( #.*)?", line), line
     exact = r"#.*|-r \S+|[\w-]+==[\w.]+( #.*)?"
-    for name in ("constraints", "demo/requirements", "requirements-dev", "tests/requirements-transformers4"):
+    for name in (
+        "constraints",
+        "demo/requirements",
+        "requirements-dev",
+        "tests/requirements-transformers4",
+        "benchmarks/requirements",
+    ):
         for line in (PROJECT / f"{name}.txt").read_text().splitlines():
             assert re.fullmatch(exact, line), (name, line)
     assert required("requirements.txt") <= required("constraints.txt")
