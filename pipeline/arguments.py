@@ -295,6 +295,12 @@ FLAGS = [
         help="drop training rows whose tweet is also in validation or test",
     ),
     flag(
+        "--probe",
+        Role.INPUT | Role.RUNNING,  # it changes no weights and tells no methods apart, but a run keeps one probe
+        type=path_or_id,
+        help="measure what the model forgets on this file of prompts and targets, as in probes/ (default: none)",
+    ),
+    flag(
         "--report_to",
         Role.RUNNING,
         choices=["tensorboard", "wandb", "trackio", "none"],
