@@ -182,7 +182,8 @@ def draw_forgetting(path, methods, base):
     change is 0, or None.
     """
     x_label = "change in the probe's loss of a target token (nats): more is forgotten to the right"
-    figure, axes = _one("Learning against forgetting", x_label, f"validation {F1_AXIS}")
+    title = "Learning against forgetting\na point is an epoch, the last one large; thin lines are seeds"
+    figure, axes = _one(title, x_label, f"validation {F1_AXIS}")
     axes.axvline(0, color=OF_BASE, linewidth=0.8, zorder=0)
     for label, number, runs in methods:
         shown = line_style(number)

@@ -95,8 +95,9 @@ def equal_quality(group, told):
         elif label in told:
             sentences += [as_markdown(_equal_sentence(entry, other, each)), ""]
     notes = [
-        "After each epoch F1 is measured on the validation rows, which also choose the epoch. A time is that of the"
-        " first epoch that reached the F1, so it is known to an epoch. The ranges are over seeds and no intervals."
+        "The F1 is the highest that every seed of both methods reached after some epoch. It is that of the validation"
+        " rows, which also choose the epoch. A time is that of the first epoch that reached it, so it is known to an"
+        " epoch. In brackets: from the lowest to the highest seed, which is not an interval."
     ]
     if not all(each.whole for each in reached):
         notes.append(
@@ -131,14 +132,18 @@ def _equal_cells(label, each, with_forgetting):
 def _equal_sentence(entry, other, each):
     """What two methods needed for the same F1, in words."""
     name, theirs = entry.row.described, other.label
-    text = f"{name[0].upper()}{name[1:]} and {theirs} both reached {each.f1:.1f} validation F1 with every seed"
+    name = f"{name[0].upper()}{name[1:]}"
     if each.minutes:
         ours, reference = map(_minutes, each.minutes)
-        text += f", in {ours} minutes and in {reference}: {times(_ratio(each.minutes))} of the time"
+        text = f"{name} reached {each.f1:.1f} validation F1 in {ours} minutes, {theirs} in {reference}:"
+        text += f" {times(_ratio(each.minutes))} of the time."
+    else:
+        text = f"{name} and {theirs} both reached {each.f1:.1f} validation F1."
     if each.forgot:
         ours, reference = map(_nats, each.forgot)
-        text += f". At that epoch the loss of a target token of the probe had changed by {ours} and by {reference} nats"
-    return f"{text}."
+        text += f" When they reached it, the loss of a target token of the probe had changed by {ours} nats, with"
+        text += f" {theirs} by {reference}."
+    return text
 
 
 def _ratio(two):
