@@ -287,7 +287,8 @@ COUNTS = ["total_parameters", "scoring.final_beams", "scoring.max_input_len", "s
 NUMBERS = ["args.seed", "args.patience", "final.f1", "final.em"]
 NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{metric.name}" for metric in METRICS)]
 EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
-LATER_EPOCH_COLUMNS = ["seconds_since_start", "probe_loss"]  # missing in the runs of older versions
+# Missing in the runs of older versions, and in runs without --probe.
+LATER_EPOCH_COLUMNS = ["seconds_since_start", "probe_loss"]
 EXAMPLE_COLUMNS = ["qid", "question", "tweet", "references", "prediction", "question_type"]
 
 
@@ -353,7 +354,7 @@ def _read_examples(path, means):
 
 
 def _read_epochs(folder, record):
-    """EPOCH_COLUMNS of metrics.csv and, as far as the run wrote them, LATER_EPOCH_COLUMNS; a DataFrame."""
+    """EPOCH_COLUMNS of metrics.csv, and those of LATER_EPOCH_COLUMNS that the run wrote; a DataFrame."""
     import pandas as pd
 
     if record["method"] == "base":

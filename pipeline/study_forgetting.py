@@ -64,7 +64,8 @@ def find_probed(group):
     probes = {}
     for entry in group.entries:
         found = [run.record.get("probe") or {} for run in entry.row.runs]
-        hashes = {each.get("sha256") if each.get("final") and each.get("lines") != 1 else None for each in found}
+        measured = all(each.get("before") and each.get("final") and each.get("lines") != 1 for each in found)
+        hashes = {each.get("sha256") if measured else None for each in found}
         if len(hashes) == 1 and None not in hashes:
             probes[entry.label] = hashes.pop()
     first = next(iter(probes.values()), None)

@@ -224,7 +224,7 @@ def contenders(plan, now, f1):
     """{label: folder} of the checkpoints whose speed of answering is measured; {} unless both methods have one.
 
     They are the first seed's runs at the best rates: the full fine-tuning with the best validation F1 and, of each LoRA
-    of the plan, the best one that has the same model. plan, now, f1: as for `study_report.write`.
+    of the plan, the best one that has the same model, data and beams. plan, now, f1: as for `study_report.write`.
     """
     results = []
     for tuning in now.tunings:
@@ -237,14 +237,16 @@ def contenders(plan, now, f1):
         return {}
     best = {}
     for each in results:
-        if each[1].script != FULL and _model_of(each[1]) == _model_of(full[1]):
+        if each[1].script != FULL and _answers_like(each[1], full[1]):
             best.setdefault(each[1].name, each)
     chosen = [full, *best.values()][:MOST_CONTENDERS] if best else []
     return {method.label.replace("=", " "): run.folder for _, method, run in chosen}
 
 
-def _model_of(method):
-    return method.arguments.get("model_name", DEFAULT_MODEL)
+def _answers_like(method, other):
+    """Whether two methods answer the same rows with the same model and number of beams."""
+    ours, theirs = ({"model_name": DEFAULT_MODEL} | each.arguments for each in (method, other))
+    return all(ours.get(name) == theirs.get(name) for name in ("model_name", "dataset", "final_beams"))
 
 
 def read_answering(folder, wanted):
