@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import interrupts, study_report
+from pipeline import interrupts, study_report, study_savings
 from pipeline.arguments import Parser, as_typed, at_least, build_parser
 from pipeline.console import show_any_character
 from pipeline.errors import InputError, RunError, one_line
@@ -33,12 +33,14 @@ from pipeline.metrics import METRICS
 from pipeline.plan import BASE, FULL, LORA, Run, check_fits, f1_of, read_plan, words
 from pipeline.run_folder import read_run_json
 from pipeline.slots import environment_of_jobs
+from pipeline.study_savings import ANSWERING
 from pipeline.tuning import DIVERGED, EXTENSIONS, survey
 
 NOT_FINITE = "loss or gradient was not finite"  # how the message of such a run begins
 POLL = 5.0  # seconds between looks at what other studies have finished
 RETRY = 30.0  # seconds until a run that turned out to be in use is tried again
 PYTHON = [sys.executable]  # what starts a training script
+MEASURES_ANSWERING = "benchmarks.answering"  # the module that measures how fast checkpoints answer
 PROJECT = Path(__file__).resolve().parent
 MB = 2**20
 
@@ -130,12 +132,16 @@ def command(run):
 
 
 def list_due(plan, folders):
-    """Print the commands of the runs that are due and that nobody is running, one a line."""
-    due = survey(plan, folders.f1).due
-    free = [run for run in due if not in_use(run.folder) and not in_use(folders.logs(run))]
-    for run in free:
-        print(shlex.join(command(run)))
-    if not free:
+    """Print the commands of the runs that are due and that nobody is running, one a line; after all runs, that of the
+    measurement of answering."""
+    now = survey(plan, folders.f1)
+    due = now.due
+    lines = [command(run) for run in due if not in_use(run.folder) and not in_use(folders.logs(run))]
+    if (wanted := answering_due(plan, now, folders)) and not in_use(plan.folder / "logs" / "answering"):
+        lines = [by_hand(answering_command(plan, wanted))]
+    for line in lines:
+        print(shlex.join(line))
+    if not lines:
         busy = f"{len(due)} runs are being made: list again when they are finished" if due else "all runs are finished"
         print(f"{plan.path}: nothing is due now, {busy}", file=sys.stderr)
     return 0
@@ -163,6 +169,7 @@ def run_study(plan, folders, jobs, again):
     with interrupts.deferred():
         try:
             make_runs(plan, folders, environment_of_jobs(jobs), running, failed)
+            measure_answering(plan, folders)
         finally:
             stop(running)  # after a signal or an error; there are none otherwise
     return finish(plan, folders, failed, again)
@@ -222,13 +229,17 @@ def start(run, folders, slot, environment):
     if folders.f1(run) is not None:
         claim.close()
         return []
-    line = command(run)
+    process = start_logged(command(run), logs, environment)
+    return [Job(run, process, slot, time.monotonic(), claim)]
+
+
+def start_logged(line, logs, environment):
+    """Start a command line, whose output goes to a folder of logs. environment: variables to set. Returns the Popen."""
     with open(logs / "output.txt", "a", encoding="utf-8") as output:
         print("$", shlex.join(line), file=output, flush=True)
         # A session of its own: a Ctrl-C in the terminal reaches the study alone, which passes it on once.
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(line, env=os.environ | environment, start_new_session=True, **streams)
-    return [Job(run, process, slot, time.monotonic(), claim)]
+        return subprocess.Popen(line, env=os.environ | environment, start_new_session=True, **streams)
 
 
 def wait_for_some(running):
@@ -259,6 +270,60 @@ def last_line(path):
     said = [line.strip() for line in lines[begins + 1 :] if line.strip()]
     errors = [line for line in said if line.startswith("error: ")]
     return one_line(([*said[-1:], *errors] or ["it printed nothing"])[-1])
+
+
+# -------------------------------------------------------------------------------------------------------- answering
+
+
+def answering_due(plan, now, folders):
+    """{label: folder} of the checkpoints whose speed of answering is to be measured; {} while a run is due, and when
+    it was measured."""
+    wanted = {} if now.due else study_savings.contenders(plan, now, folders.f1)
+    return {} if study_savings.read_answering(plan.folder, wanted) else wanted
+
+
+def answering_command(plan, wanted):
+    """The command line that measures the checkpoints of `answering_due`; it needs `on_path`."""
+    given = [f"{label}={folder}" for label, folder in wanted.items()]
+    return [*PYTHON, "-m", MEASURES_ANSWERING, str(plan.folder / ANSWERING), *given]
+
+
+def on_path():
+    """The variables with which the project's modules are found from any folder."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))}
+
+
+def by_hand(line):
+    """The command line of `answering_command` as one types it in the current folder."""
+    variables = [] if Path.cwd() == PROJECT else [f"{name}={value}" for name, value in on_path().items()]
+    return ["env", *variables, *line] if variables else line
+
+
+def measure_answering(plan, folders):
+    """Measure how fast the methods answer, when all runs have finished and no other process of the study runs, unless
+    that was done. A failure is told, and the study goes on without. A signal ends the measurement."""
+    wanted = answering_due(plan, survey(plan, folders.f1), folders)
+    logs = plan.folder / "logs" / "answering"
+    if not wanted or interrupts.anyone_interrupted() or in_use(logs):
+        return
+    line = answering_command(plan, wanted)
+    with ExitStack() as claim:
+        try:
+            claim.enter_context(only_writer(logs, f"{plan.path}: dir"))
+        except InputError:
+            return  # another study has begun it at this moment
+        print(f"measuring how fast {len(wanted)} checkpoints answer …", flush=True)
+        process = start_logged(line, logs, on_path())
+        while process.poll() is None and not interrupts.anyone_interrupted():
+            time.sleep(0.1)
+        if process.poll() is None:
+            process.terminate()
+        code = process.wait()
+    if interrupts.anyone_interrupted() or study_savings.read_answering(plan.folder, wanted):
+        return
+    said = last_line(logs / "output.txt")
+    again = f"by hand: {shlex.join(by_hand(line))}"
+    print(f"the speed of answering was not measured (exit code {code}) | {said} | {again}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------- what it prints

@@ -174,6 +174,32 @@ def draw_parameters(path, title, methods, base):
     _save(figure, path)
 
 
+def draw_forgetting(path, methods, base):
+    """Draw validation F1 against the change in the probe's loss: a point per epoch, the means of a method's seeds
+    joined in the order of the epochs, and each seed as a thin line.
+
+    methods: [(label, number of its style, [(changes in nats, F1) of each run])]. base: F1 of the untrained model, whose
+    change is 0, or None.
+    """
+    x_label = "change in the probe's loss of a target token (nats): more is forgotten to the right"
+    title = "Learning against forgetting\na point is an epoch, the last one large; thin lines are seeds"
+    figure, axes = _one(title, x_label, f"validation {F1_AXIS}")
+    axes.axvline(0, color=OF_BASE, linewidth=0.8, zorder=0)
+    for label, number, runs in methods:
+        shown = line_style(number)
+        epochs = min(len(f1) for _, f1 in runs)  # that every seed has: some may have stopped before others
+        if len(runs) > 1:
+            for changes, f1 in runs:
+                axes.plot(changes, f1, color=shown["color"], linestyle=shown["linestyle"], linewidth=0.8, alpha=0.35)
+        mean = [sum(each[which][:epochs] for each in runs) / len(runs) for which in (0, 1)]
+        axes.plot(*mean, label=label, linewidth=1.8, markersize=5, **shown)
+        axes.plot(mean[0][-1], mean[1][-1], markersize=10, linestyle="none", **style(number))
+    if base is not None:
+        axes.plot(0, base, "X", color=OF_BASE, markersize=10, linestyle="none", label="untrained model")
+    axes.margins(0.05)
+    _save(figure, path)
+
+
 # ------------------------------------------------------------------------------------------------------------ parts
 
 

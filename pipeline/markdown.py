@@ -19,9 +19,14 @@ def points(value):
     return f"{value + 0.0:.1f}" if value == 0 or abs(value) >= 0.05 else f"{value:.1g}"  # + 0.0: no "-0.0"
 
 
-def signed(value):
-    """A difference in points, with its sign."""
-    return f"{'+' if value > 0 else ''}{points(value)}"
+def nats(value):
+    """A loss or a difference of losses with three decimals, or with its first digit if it would be printed as 0.000."""
+    return f"{value + 0.0:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.1g}"
+
+
+def signed(value, form=points):
+    """A difference with its sign. form: a function that prints it, for points or nats."""
+    return f"{'+' if value > 0 else ''}{form(value)}"
 
 
 def percent(share):

@@ -5,6 +5,7 @@ these scripts take. Nothing is run or written here.
 """
 
 import difflib
+import hashlib
 import math
 import re
 import tomllib
@@ -50,6 +51,17 @@ class Method:
     arguments: dict  # {name: value} as in the plan, without lr
     axes: dict  # {name: value} of its axes
     rates: tuple  # learning rates to try, ascending; (): the script's default
+
+    @property
+    def label(self):
+        """ "LoRA (lora_r 4)", as a report calls it."""
+        return labelled(self.name, self.axes)
+
+
+def labelled(name, arguments):
+    """A method's name with some of its arguments {name: value}."""
+    told = ", ".join(f"{key} {as_typed(value)}" for key, value in arguments.items())
+    return f"{name} ({told})" if told else name
 
 
 @dataclass(frozen=True)
@@ -301,7 +313,7 @@ def _bases(folder, methods, parsers):
 
 def _matters_untrained(name, parsers):
     """Whether an argument says which untrained model is scored and how, and the script that does it knows it."""
-    known = {flag.dest for flag in parsers[FULL]._actions}
+    known = {flag.dest for flag in parsers[FULL]._actions} - {"probe"}  # each run measures it before training
     matters = ROLES[name] & (Role.INPUT | Role.SCORING | Role.MEASURE)
     return name in known and (bool(matters) or name == "eval_batch_size")
 
@@ -343,12 +355,14 @@ def check_fits(plan, run, record, parsers):
             f"{plan.path}: {run.folder} has a run of method {record['method']}, not {method}: choose another dir, or"
             " remove that folder"
         )
+    if method != BASE:
+        _check_probe(plan, run, record)
     given = with_defaults(parse(parsers[run.script], words(run.arguments)), "cpu")
     decides = Role.INPUT | Role.SCORING | Role.MEASURE if method == BASE else FIXED_IN_A_RUN | Role.INPUT | Role.MEASURE
     for name, value in vars(given).items():
         # An older version, which did not have every argument, did what the default does.
         before = record["args"].get(name, parsers[run.script].get_default(name))
-        if not ROLES[name] & decides or before == value or (method == BASE and name == "seed"):
+        if not ROLES[name] & decides or before == value or name == "probe" or (method == BASE and name == "seed"):
             continue
         if ROLES[name] & Role.INPUT and None not in (before, value) and Path(before).resolve() == Path(value).resolve():
             continue
@@ -356,6 +370,30 @@ def check_fits(plan, run, record, parsers):
             f"{plan.path}: {run.folder} was started with {name} {as_typed(before)}, and the plan has"
             f" {as_typed(value)}: restore it, choose another dir, or remove that folder"
         )
+
+
+def _check_probe(plan, run, record):
+    """Raise InputError unless a run measures the probe that the plan gives it: a study compares no others.
+
+    A finished run may have measured one that the plan does not ask for.
+    """
+    ours, theirs = run.arguments.get("probe"), record["args"].get("probe")
+    known = (record.get("probe") or {}).get("sha256")
+    if ours is None:
+        if theirs is None or record.get("finished", True):
+            return
+        said = f"was started with probe {theirs}, and the plan has none: restore it"
+    elif theirs is None:
+        said = f"was started without a probe, and the plan has {ours}: leave it out"
+    else:
+        try:
+            content = hashlib.sha256(Path(ours).read_bytes()).hexdigest()
+        except OSError:
+            return  # a finished run needs the file no more, and another one will say what is wrong with it
+        if known in (None, content):
+            return
+        said = f"measured another content of the probe than {ours} has now: restore it"
+    raise InputError(f"{plan.path}: {run.folder} {said}, choose another dir, or remove that folder")
 
 
 def f1_of(record):

@@ -10,12 +10,14 @@ from uuid import uuid4
 
 from pipeline.arguments import DEFAULT_MODEL, ROLES, Role, as_typed
 from pipeline.compared import Measured, Row, check_comparable, read, rows_that_measure
-from pipeline.comparison_figures import draw_axis, draw_minutes, draw_parameters, draw_rates
+from pipeline.comparison_figures import draw_axis, draw_forgetting, draw_minutes, draw_parameters, draw_rates
 from pipeline.conclusions import base_of, compare_rows, estimate, interval_text, notes, sentences
 from pipeline.errors import RunError, one_line
 from pipeline.markdown import as_markdown, in_words, markdown_table, p_value, paragraph, points, signed, times
-from pipeline.plan import FULL
+from pipeline.plan import FULL, labelled
 from pipeline.statistics import expected_maximum
+from pipeline.study_forgetting import compare_forgetting, find_probed, forgetting, learning_curves
+from pipeline.study_savings import answering, contenders, equal_quality, minutes_by_epoch, read_answering, storing
 from pipeline.tuning import DIVERGED, Tuning
 
 RANK = "lora_r"
@@ -77,12 +79,18 @@ def write(plan, now, f1):
         [(one.row, other.row) for _, one, other in compared], [group.measured for group, *_ in compared]
     )
     pairs = {one.label: pair for (_, one, _), pair in zip(compared, pairs, strict=True)}
-    pictures = draw(plan, entries, groups)
+    probed = {label: each for group in groups for label, each in find_probed(group).items()}
+    forgot = compare_forgetting(groups, probed)
+    pictures = draw(plan, entries, groups, probed)
     lines = [f"# Study: {as_markdown(plan.path.name)}", "", *state(plan, now, f1, entries)]
     for group in groups:
         lines += answer(plan, group, pairs)
     if pairs:
         lines += [notes(list(pairs.values())), ""]
+    for group in groups:
+        told = [entry.label for entry in told_in_full(group, pairs)]
+        lines += [*forgetting(group, probed, forgot, told), *equal_quality(group, told)]
+    lines += [*storing(groups), *answering(read_answering(plan.folder, contenders(plan, now, f1)))]
     lines += rates(plan, entries, groups)
     lines += smallest_rank(plan, groups, pairs)
     lines += more_tries(entries)
@@ -107,19 +115,14 @@ def find_entries(plan, now, f1):
         tried = {rate: None if value == DIVERGED else value for rate, value in first.items() if value is not None}
         chosen = [plan.run(method, tuning.best, seed) for seed in plan.seeds] if tuning.chosen else []
         results = [f1(run) for run in chosen]
-        label = _labelled(method.name, method.axes)
+        label = method.label
         rate = {} if tuning.best is None else {"lr": tuning.best}
         runs = [read(run.folder) for run, result in zip(chosen, results, strict=True) if result not in (None, DIVERGED)]
-        row = Row(label, _labelled(method.name, method.axes | rate), runs) if runs else None
+        row = Row(label, labelled(method.name, method.axes | rate), runs) if runs else None
         entries.append(
             Entry(number, label, tuning, tried, row, results.count(None), results.count(DIVERGED)),
         )
     return entries
-
-
-def _labelled(name, arguments):
-    told = ", ".join(f"{key} {as_typed(value)}" for key, value in arguments.items())
-    return f"{name} ({told})" if told else name
 
 
 def find_groups(plan, entries, bases):
@@ -225,22 +228,24 @@ def answer(plan, group, pairs):
         if base := bases.get(entry.row.runs[0].model):
             text += f", the untrained model {points(estimate(base, group.measured).mean)}"
         lines += [as_markdown(f"{text[0].upper()}{text[1:]}."), ""]
-    own = [entry for entry in group.entries if entry.label in pairs]
-    told = own if len(own) <= MOST_PAIRS else _best_of_each(own, group.references)
+    told = told_in_full(group, pairs)
     for entry in told:
         pair = pairs[entry.label]
         said = sentences(pair, base_of(group.bases, pair.ours, pair.theirs), plan.margin_f1)
         lines += [paragraph(said), ""]
-    if len(told) < len(own):
+    if len(told) < sum(entry.label in pairs for entry in group.entries):
         lines += ["These are the best ones by validation F1. The table has all.", ""]
     return lines + best_table(group, pairs)
 
 
-def _best_of_each(entries, references):
-    """Of each name of the plan, and each method that it is compared with, the Entry with the best validation F1."""
-    best = {}
-    for entry in entries:
-        key, f1 = (entry.tuning.method.name, references[entry.label].label), entry.row.mean("f1")
+def told_in_full(group, pairs):
+    """The Entries of a group whose comparison is told in sentences: all that are compared or, of more than MOST_PAIRS,
+    of each name of the plan, and each method that it is compared with, the one with the best validation F1."""
+    own, best = [entry for entry in group.entries if entry.label in pairs], {}
+    if len(own) <= MOST_PAIRS:
+        return own
+    for entry in own:
+        key, f1 = (entry.tuning.method.name, group.references[entry.label].label), entry.row.mean("f1")
         if key not in best or f1 > best[key].row.mean("f1"):
             best[key] = entry
     return list(best.values())
@@ -348,7 +353,7 @@ def smallest_rank(plan, groups, pairs):
     for group in groups:
         for entry in group.entries:
             if RANK in entry.axes:
-                families.setdefault(_labelled(entry.tuning.method.name, _without(entry.axes, RANK)), []).append(entry)
+                families.setdefault(labelled(entry.tuning.method.name, _without(entry.axes, RANK)), []).append(entry)
     lines = []
     for label, members in families.items():
         known = {entry.axes[RANK]: pairs[entry.label] for entry in members if entry.label in pairs}
@@ -405,8 +410,9 @@ def how_it_was_made(plan, groups):
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def draw(plan, entries, groups):
-    """Draw the pictures for which there is something to show. Returns {file name: title}."""
+def draw(plan, entries, groups, probed):
+    """Draw the pictures for which there is something to show. probed: of `find_probed`, of all groups. Returns
+    {file name: title}."""
     drawn = {}
 
     def picture(name, title, function, *given):
@@ -426,13 +432,16 @@ def draw(plan, entries, groups):
     most = max(map(_train_rows, main.entries))  # a learning curve has a picture of its own
     largest = [entry for entry in main.entries if _train_rows(entry) in (0, most)]
     of = f" (trained on {most:,} rows)" if len(largest) < sum(len(group.entries) for group in groups) else ""
-    curves = [(entry.label, entry.number, [_minutes(run) for run in entry.row.runs]) for entry in largest]
+    curves = [(entry.label, entry.number, [_learning(run) for run in entry.row.runs]) for entry in largest]
     picture("study_minutes.png", f"Validation F1 while training{of}", draw_minutes, curves)
     methods = [
         (entry.label, entry.number, entry.row.parameters, estimate(entry.row, main.measured)) for entry in largest
     ]
     title = f"{main.measured.title.capitalize()} F1 against trained parameters{of}"
     picture("study_parameters.png", title, draw_parameters, main.measured.title, methods, _base_estimate(main))
+    if learned := learning_curves(largest, probed):
+        base = 100 * main.bases[0].first["final"]["f1"] if len(main.bases) == 1 else None
+        picture("study_forgetting.png", f"Learning against forgetting{of}", draw_forgetting, learned, base)
     return drawn
 
 
@@ -448,7 +457,7 @@ def _along(axis, groups):
                 continue
             value = _hashable(entry.axes)
             value = dict(value)[axis]
-            label = _labelled(entry.tuning.method.name, _without(entry.axes, axis))
+            label = labelled(entry.tuning.method.name, _without(entry.axes, axis))
             lines.setdefault(label, (entry.number, {}))[1][value] = result
             values.add(value)
     if len(values) < 2:
@@ -467,11 +476,9 @@ def _train_rows(entry):
     return entry.row.first.get("train_rows") or 0
 
 
-def _minutes(run):
-    """(minutes since the start, validation F1) after each epoch; an older run knows the time of training alone."""
-    known = "seconds_since_start" in run.epochs
-    seconds = run.epochs["seconds_since_start"] if known else run.epochs["epoch_seconds"].cumsum()
-    return list(seconds / 60), list(100 * run.epochs["f1"])
+def _learning(run):
+    """(minutes, validation F1) after each epoch."""
+    return list(minutes_by_epoch(run)), list(100 * run.epochs["f1"])
 
 
 def _without(axes, axis):

@@ -9,11 +9,23 @@ QUESTIONS = ["who won | lost?", "what is\nit?", "why not?", "where?", "who is *s
 
 
 def write_run(
-    folder, method="full", seed=0, f1=None, em=None, sem_sim=None, record=(), held_out=None, test=None, **args
+    folder,
+    method="full",
+    seed=0,
+    f1=None,
+    em=None,
+    sem_sim=None,
+    record=(),
+    held_out=None,
+    test=None,
+    epochs=None,
+    probe=None,
+    **args,
 ):
     """Write a finished run as the training scripts do, without training. f1, em, sem_sim: of each validation example;
     held_out, test: F1 of each such example, two of which are about one tweet; record and args: what to change in
-    run.json and in its arguments."""
+    run.json and in its arguments; epochs: columns of metrics.csv to change or add; probe: columns of probe_losses.csv,
+    and "sha256"."""
     f1 = np.linspace(0, 1, 40) if f1 is None else np.asarray(f1, float)
     folder.mkdir(parents=True)
     measured, trained = args.get("sem_model") != "none", method != "base"
@@ -28,11 +40,9 @@ def write_run(
     if "holdout" in others:
         others["holdout"] = {"rows": list(range(len(held_out))), "metrics": others["holdout"]}
     if trained:
-        epochs = [
-            {"epoch": n, "f1": f1.mean() * n / 3, "epoch_seconds": 30.0 * n, "steps_per_sec": 2.0 / n}
-            for n in (1, 2, 3)
-        ]
-        write_table(folder / "metrics.csv", epochs)
+        table = pd.DataFrame({"epoch": [1, 2, 3], "f1": f1.mean() * np.arange(1, 4) / 3})
+        table = table.assign(epoch_seconds=[30.0, 60.0, 90.0], steps_per_sec=[2.0, 1.0, 2 / 3], **(epochs or {}))
+        write_table(folder / "metrics.csv", table)
     defaults = {
         **{"model_name": "google/flan-t5-small", "dataset": "ucsbnlp/tweet_qa", "epochs": 3, "patience": 0},
         **{"lr": 1e-3, "seed": seed, "sem_model": "minilm", "final_beams": 5, "max_input_len": 256},
@@ -49,8 +59,21 @@ def write_run(
         **{"peak_vram_mb": 0.0, "peak_ram_mb": 512.0 if trained else None},
         **others,
     }
+    if probe:
+        run["probe"] = write_probe(folder, **probe)
     write_run_json(folder, run | dict(record))
     return folder
+
+
+def write_probe(folder, kind, target_tokens, before, final, sha256="0" * 64):
+    """Write probe_losses.csv; returns what run.json says of it. Summed losses (nats) of each line."""
+    columns = {"kind": kind, "target_tokens": target_tokens, "before": before, "final": final}
+    table = pd.DataFrame({"line": range(1, len(kind) + 1), **columns})
+    write_table(folder / "probe_losses.csv", table)
+    tokens = table["target_tokens"].sum()
+    said = {name: {"loss": table[name].sum() / tokens, "kinds": {}} for name in ("before", "final")}
+    size = {"lines": len(table), "target_tokens": int(tokens)}
+    return {"file": "probes/some.jsonl", "sha256": sha256, **size, **said}
 
 
 def predictions(folder, f1, em=None, sem_sim=None, measured=True, tweets=None):

@@ -52,6 +52,7 @@ def run(monkeypatch, capfd, without_java):
     monkeypatch.setenv("FORK_SERVER", SERVERS[0].address)
     monkeypatch.setattr(study, "PYTHON", [sys.executable, str(PROJECT / "tests" / "forked.py")])
     monkeypatch.setattr(study, "POLL", 0.5)
+    monkeypatch.setattr(study, "answering_command", lambda plan, wanted: stand_in_for_answering(MEASURED, plan, wanted))
 
     def call(*argv):
         capfd.readouterr()
@@ -59,6 +60,24 @@ def run(monkeypatch, capfd, without_java):
         return code, *capfd.readouterr()
 
     return call
+
+
+def stand_in_for_answering(code, plan, wanted):
+    """The command line of a script that does not measure; it is given what the measurement is given."""
+    given = [f"{label}={folder}" for label, folder in wanted.items()]
+    return [sys.executable, "-c", code, str(plan.folder / "answering.json"), *given]
+
+
+# It writes what `benchmarks/answering.py` would, without the merged adapters.
+MEASURED = """
+import json, sys
+kinds = ["full", *["adapter"] * 9]
+found = [each.split("=", 1) for each in sys.argv[2:]]
+numbers = {"rows_per_second": 2.0, "delay_ms": 5.0, "delay_ms_quartiles": [4.0, 6.0]}
+found = [{"label": label, "folder": folder, "kind": kind} | numbers for (label, folder), kind in zip(found, kinds)]
+head = {"machine": "a machine", "date": "a day", "threads": 1, "rows": 8, "beams": 5, "questions": 2}
+json.dump(head | {"contenders": found}, open(sys.argv[1], "w"))
+"""
 
 
 def table(folder, without=TIMES):
@@ -72,6 +91,7 @@ def commands_of(folder):
     return {
         str(path.parent.relative_to(logs)): sum(line.startswith("$ ") for line in path.read_text().splitlines())
         for path in logs.rglob("output.txt")
+        if path.parent != logs / "answering"
     }
 
 
@@ -126,6 +146,57 @@ def test_a_study_goes_through_its_stages_and_then_makes_only_what_is_new(tmp_pat
     assert code == 2 and errors.count("\n") == 1
     assert "plan.toml: " in errors and "full/lr=0.0001/seed_0 was started with epochs 1, and the plan has 2" in errors
     assert contents(folder) == after
+
+
+BOTH = ONE_RUN + LORA_METHOD
+
+
+def test_how_fast_the_methods_answer_is_measured_once_after_all_runs(tmp_path, plan_at, run, monkeypatch):
+    """A signal ends the measurement. A failure costs the study nothing, and is told with the command."""
+    path, folder, working = plan_at(BOTH, seeds=[0]), tmp_path / "study", study.answering_command
+
+    def replace(code):
+        monkeypatch.setattr(study, "answering_command", lambda *given: stand_in_for_answering(code, *given))
+
+    def send_when_it_measures():
+        end = time.monotonic() + 120
+        while not (folder / "answering.json.begun").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    replace("import sys, time; open(sys.argv[1] + '.begun', 'w').close(); time.sleep(600)")
+    sender = threading.Thread(target=send_when_it_measures)
+    sender.start()
+    code, said, errors = run(path)
+    sender.join()
+    assert code == 130 and errors == f"interrupted: continue with python study.py {path}\n"
+    assert said.index("[3/3]") < said.index("measuring how fast 2 checkpoints answer") and "not measured" not in said
+    runs = commands_of(folder)
+
+    replace("print('error: no disk'); raise SystemExit(3)")
+    code, said, errors = run(path)
+    assert (code, errors) == (0, "") and "## Answering" not in (folder / "study.md").read_text()
+    [line] = [line for line in said.splitlines() if line.startswith("the speed of answering was not measured")]
+    assert " (exit code 3) | error: no disk | by hand: " in line and "answering.json" in line
+
+    monkeypatch.setattr(study, "answering_command", working)
+    code, listed, _ = run(path, "--list")
+    assert code == 0 and shlex.split(listed)[-2:] == [
+        f"full={folder}/full/lr=0.001/seed_0",
+        f"LoRA (lora_r 2)={folder}/lora,lora_r=2/lr=0.003/seed_0",
+    ]
+    code, said, _ = run(path)
+    assert code == 0 and "not measured" not in said and "## Answering" in (folder / "study.md").read_text()
+    assert run(path, "--list")[1] == "" and commands_of(folder) == runs
+
+
+def test_the_measurement_finds_the_project_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = study.by_hand([sys.executable, "-c", "import pipeline.plan; print(pipeline.plan.__file__)"])
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.stdout.strip() == str(PROJECT / "pipeline" / "plan.py")
+    monkeypatch.chdir(PROJECT)
+    assert study.by_hand(["python"]) == ["python"]
 
 
 def test_a_signal_stops_the_runs_which_then_go_on_where_they_were(tmp_path, plan_at, run):
