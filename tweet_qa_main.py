@@ -187,8 +187,7 @@ def train_and_evaluate(args, wrap, started):
         model, _ = checkpoint.load_checkpoint(folder, args.model_name, cached=True)
     except InputError as error:  # it was complete before the training, and has been damaged since
         raise RunError(str(error)) from None
-    results, record = final_evaluation(setup, model, training["best_epoch"]), None
-    results |= measure_checkpoint(setup, model, start | training)
+    results, record = final_evaluation(setup, model, start | training), None
     if accelerator.is_main_process:
         end = {
             "finished": True,
@@ -242,8 +241,7 @@ def evaluate_only(args, wrap):
     main_process = setup.accelerator.is_main_process
     if untrained and main_process and not former:
         run_folder.begin(folder, run_folder.run_record(record))
-    results = final_evaluation(setup, model, record.get("best_epoch"))
-    results |= measure_checkpoint(setup, model, record)
+    results = final_evaluation(setup, model, record)
     if main_process:
         # "args" stays as the checkpoint was trained; "eval_only" is what the new results were computed with.
         end = {"eval_only": vars(args) | {"content": setup.content}}
@@ -266,7 +264,7 @@ def set_up(args, load):
     device = accelerator.device
     args = with_defaults(args, device.type)
     selected = select_rows(args)
-    probe = read_probe(args.probe) if args.probe else None
+    probe = read_probe(args.probe) if args.probe else None  # before the models are loaded
     sem_model = load_sem_model(args.sem_model, device) if accelerator.is_main_process else None
     set_seed(args.seed)
     model, tokenizer, weights = load(args)
@@ -281,7 +279,7 @@ def set_up(args, load):
         held_out=selected.held_out,
         content={name: value for name, value in content.items() if value},
         sem_model=sem_model,
-        probe=probe and tokenized(probe, tokenizer, args.max_input_len),
+        probe=tokenized(probe, tokenizer, args.max_input_len) if probe else None,
         say=accelerator.on_main_process(print),
     )
     return setup, model, selected.note
@@ -337,9 +335,7 @@ def train(setup, model, plan, *, start, started, saved=None):
         if accelerator.is_main_process and not saved:
             run_folder.begin(folder, run_folder.run_record(start, training=known))
         if setup.probe and not saved:
-            whole = devices.whole_model(prepared.model, prepared.hollow, accelerator)
-            known["probe"] = measure_before(setup, whole, run_folder.run_record(start, training=known))
-            devices.empty(prepared.hollow)
+            known["probe"] = measure_before(setup, prepared, run_folder.run_record(start, training=known))
         accelerator.wait_for_everyone()
         if not (folder / "run.json").exists():
             raise RunError(f"--save_dir {folder} is not the same folder in all processes: it must be on a shared disk")
@@ -556,13 +552,13 @@ def note_steps(state, measured, accelerator):
 # -------------------------------------------------------------------------------------------------- final evaluation
 
 
-def final_evaluation(setup, model, best_epoch):
+def final_evaluation(setup, model, record):
     """Score the checkpoint with --final_beams on validation and on the held-out rows, and answer the test split.
 
-    model: as it was read from disk. best_epoch: its epoch, or None. A test split with answers is scored too. Writes the
-    prediction files, the breakdown and the leaderboard's file. Returns what run.json says of it: {"final": metrics
-    and, where there are rows, "holdout": {"rows", "metrics"}, "test": metrics, and "answers_per_second"}; {} in all
-    processes but the main one.
+    model: as it was read from disk. record: what run.json says of it so far. A test split with answers is scored too.
+    Writes the prediction files, the breakdown and the leaderboard's file. Returns what run.json says of it: {"final":
+    metrics and, where there are rows, "holdout": {"rows", "metrics"}, "test": metrics, "answers_per_second" and, with
+    --probe, "probe"}; {} in all processes but the main one.
     """
     args, accelerator, folder, say = setup.args, setup.accelerator, setup.folder, setup.say
     options = {"beams": args.final_beams, "max_target_len": args.max_target_len, "accelerator": accelerator}
@@ -589,7 +585,7 @@ def final_evaluation(setup, model, best_epoch):
 
     results = {"answers_per_second": round(answered / (time.perf_counter() - began), 3)}
     scored = with_leaderboard_scores(scored)
-    epoch = f" | epoch {best_epoch}" if best_epoch else ""
+    epoch = f" | epoch {record['best_epoch']}" if record.get("best_epoch") else ""
     for role, (metrics, frame) in scored.items():
         title = "final" if role == "validation" else role
         say(f"[{title}] {metrics_line(metrics, final=True)}{epoch}, {args.final_beams} beams | {folder}")
@@ -597,7 +593,7 @@ def final_evaluation(setup, model, best_epoch):
         run_folder.write_predictions(folder / f"{role}_predictions.csv", frame)
     metrics, frame = scored["validation"]
     figures.write_breakdown(folder, frame, metrics["f1"])
-    return results
+    return results | measure_checkpoint(setup, model, record)
 
 
 if __name__ == "__main__":

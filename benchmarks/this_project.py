@@ -57,7 +57,7 @@ def train(model, tokenizer, rows, order, batch_size, lr, seed, device, precision
     accelerator = _accelerator(precision)
     data = TweetQADataset([rows[position] for position in order], tokenizer)
     loader = build_loader(data, batch_size, _collate(tokenizer), range(len(data)))
-    use_fast_training(model, alone=True)
+    use_fast_training(model, alone=True, autocast=precision == "bf16" and device == "cpu")
     if device == "cpu":
         keep_memory()
     optimizer, schedule = build_optimizer(model, lr, -(-len(order) // batch_size))

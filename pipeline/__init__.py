@@ -10,3 +10,8 @@ import tempfile
 # folder when they are imported would fail, some of them only after the training.
 if os.path.expanduser("~") == "~":
     os.environ["HOME"] = tempfile.gettempdir()
+
+# torch's threads wait for each other by spinning, by default so long that a step takes 20 times as long where another
+# program keeps a core busy. On a quiet machine this shorter time makes no difference. Read when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -10,6 +10,7 @@ torch is imported by the functions that measure: reading a table back needs none
 import hashlib
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,12 +130,12 @@ def tokenized(probe, tokenizer, max_input_len):
 # ------------------------------------------------------------------------------------------------------ the measure
 
 
-def line_losses(model, probe, *, pad, batch_size=32):
+def line_losses(model, probe, *, pad, batch_size=32, precision=nullcontext):
     """The summed cross entropy (nats) of the target of each line of a tokenized probe, a list in the file's order.
 
     model: a T5 model or a PeftModel, on any device; its train/eval mode does not change, and no random number is drawn.
-    pad: the id of the pad token. Computed in float32, or in the type of the weights if that is another one, also in a
-    run with --precision bf16 or fp16: rounding would hide a small change.
+    pad: the id of the pad token. precision: a context manager to compute in, such as autocast's. Without one it is
+    computed in float32, or in the type of the weights if that is another one: rounding would hide a small change.
     """
     import torch
     from torch.nn import functional as F
@@ -149,7 +150,7 @@ def line_losses(model, probe, *, pad, batch_size=32):
     order = sorted(range(len(lines)), key=lambda n: (-len(lines[n].input_ids), -len(lines[n].labels)))
     # The class's own forward: accelerate gives a prepared model another one, which computes in --precision.
     forward = type(model).forward
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode(), precision():
         for start in range(0, len(order), batch_size):
             some = order[start : start + batch_size]
             ids = padded([lines[n].input_ids for n in some], pad)
@@ -163,25 +164,33 @@ def line_losses(model, probe, *, pad, batch_size=32):
 
 
 def _measure(setup, model):
+    from pipeline.devices import bf16_on_cpu
     from pipeline.memory import memory_for
 
-    size = setup.args.eval_batch_size
+    # In float32 also with --precision bf16 or fp16, but not on a CPU, where a frozen matrix is in bf16 itself then.
+    precision = setup.accelerator.autocast if bf16_on_cpu(setup.accelerator) else nullcontext
+    size, pad = setup.args.eval_batch_size, setup.tokenizer.pad_token_id
     with memory_for(f"--eval_batch_size {size} on --probe: lower it"):
-        return line_losses(model, setup.probe, pad=setup.tokenizer.pad_token_id, batch_size=size)
+        return line_losses(model, setup.probe, pad=pad, batch_size=size, precision=precision)
 
 
 # The main process measures alone, and the others meet it at the next step: a probe is short.
 
 
-def measure_before(setup, model, record):
+def measure_before(setup, prepared, record):
     """Measure the model before training, and write probe_losses.csv and, with the result, run.json.
 
-    setup: the run's Setup. model: with all its weights. record: what run.json says so far. Returns what run.json says
-    of the probe; None in all processes but the main one.
+    setup: the run's Setup. prepared: its Prepared, whose weights are put together if they are sharded. record: what
+    run.json says so far. Returns what run.json says of the probe; None in all processes but the main one.
     """
-    if not setup.accelerator.is_main_process:
+    from pipeline.devices import empty, whole_model
+
+    model = whole_model(prepared.model, prepared.hollow, setup.accelerator)  # in which every process takes part
+    losses = _measure(setup, model) if setup.accelerator.is_main_process else None
+    empty(prepared.hollow)
+    if losses is None:
         return None
-    entry = _record(setup, _table(setup.probe, before=_measure(setup, model)))
+    entry = _record(setup, _table(setup.probe, before=losses))
     setup.say(f"[probe] before training: loss={entry['before']['loss']:.4f}")
     # After its table: a run that is killed in between has nothing to resume from yet, and measures again.
     write_run_json(setup.folder, run_record(record, training={"probe": entry}))

@@ -312,4 +312,8 @@ def search(model, tokenizer, *, beams, max_target_len, **inputs):
     )
     whole = copy.copy(next(module for module in model.modules() if isinstance(module, GenerationMixin)))
     whole.generation_config = settings
-    return GenerationMixin.generate(whole, generation_config=settings, **inputs)[:, 1:]
+    ids = GenerationMixin.generate(whole, generation_config=settings, **inputs)[:, 1:]
+    # With several beams, transformers fills up shorter answers with end tokens where the pad token's id is 0.
+    ended = (ids == settings.eos_token_id).cumsum(1).roll(1, dims=1)
+    ended[:, 0] = 0
+    return ids.masked_fill(ended > 0, tokenizer.pad_token_id)
