@@ -509,7 +509,7 @@ def train_step(prepared, group, accelerator):
     for position, (batch, tokens) in enumerate(group, start=1):
         with accelerator.no_sync(model) if position < len(group) else nullcontext():
             with accelerator.autocast():  # a sharded model does not do it by itself
-                logits_and_labels = target_logits(model, batch, packed_rows(batch))
+                logits_and_labels = target_logits(model, batch, packed_rows(model, batch))
                 mean_loss = F.cross_entropy(*logits_and_labels, label_smoothing=prepared.label_smoothing)
             loss = mean_loss * tokens / step_tokens
             # backward() divides by the accumulation steps and averages over processes; this loss needs neither.

@@ -99,14 +99,14 @@ def use_fast_kernels(model):
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.activations import NewGELUActivation
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
 
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     for module in list(model.modules()):
         if isinstance(module, PreTrainedModel):  # transformers 5.17 does not set encoder and decoder by itself
             module.set_attn_implementation(ATTENTION)
-        if isinstance(module, T5Attention):
+        if type(module).__name__ in ATTENTIONS:
             module.register_forward_pre_hook(bias_of_rows, with_kwargs=True)
         for name, part in module.named_children():
             if isinstance(part, T5LayerNorm):
@@ -130,6 +130,8 @@ class FastNorm(torch.nn.RMSNorm):
 # -------------------------------------------------------------------------------------------------------- attention
 
 ATTENTION = "fast_cpu"  # its name among transformers' attention functions
+PACKED = ("t5", "mt5")  # the model types whose attention works on packed batches
+ATTENTIONS = ("T5Attention", "MT5Attention")
 
 
 def attend(module, query, key, value, attention_mask, packed=None, **options):
@@ -145,7 +147,7 @@ def attend(module, query, key, value, attention_mask, packed=None, **options):
 
 
 def bias_of_rows(attention, given, options):
-    """A hook before each T5Attention: where the batch is packed, its position bias is that of rows."""
+    """A hook before each of ATTENTIONS: where the batch is packed, its position bias is that of rows."""
     if options.get("packed") is not None and options.get("position_bias") is None:
         queries, keys = options["packed"].around(attention)
         bias = torch.zeros(1, 1, 1, 1)

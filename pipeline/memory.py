@@ -88,7 +88,7 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
     def without_memory(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
-    rows = packed_rows(batch) if device.type == "cpu" else None
+    rows = packed_rows(model, batch) if device.type == "cpu" else None
     with FakeTensorMode():
         twins = {id(buffer): without_memory(buffer) for buffer in model.buffers()}
         for weight in model.parameters():

@@ -55,10 +55,8 @@ class Packed:
 
 
 def find_rows(batch, label_pad):
-    """The Packed of a training batch of the collate function; None on a GPU, which would have to be waited for."""
+    """The Packed of a training batch of the collate function, on the CPU."""
     labels, mask = batch["labels"], batch["attention_mask"].bool()
-    if not labels.is_cpu:
-        return None
     causal = torch.ones(labels.shape[1], labels.shape[1], dtype=torch.bool).tril()
     sources = Rows(mask.flatten().nonzero().squeeze(1), mask[:, None, None], *mask.shape)
     targets = Rows((labels != label_pad).flatten().nonzero().squeeze(1), causal[None, None], *labels.shape)

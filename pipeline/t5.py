@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from pipeline import contract
 from pipeline.errors import InputError, reason
-from pipeline.fast_cpu import use_fast_kernels
+from pipeline.fast_cpu import ATTENTION, PACKED, use_fast_kernels
 from pipeline.hub import ask_hub_once, cannot_load, is_local
 from pipeline.packing import find_rows
 
@@ -230,9 +230,19 @@ def use_gradient_checkpointing(model, **options):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
 
 
-def packed_rows(batch):
-    """Where the real tokens of a training batch are, for `target_logits`; None on a GPU. See `packing.py`."""
-    return find_rows(batch, LABEL_PAD)
+def packed_rows(model, batch):
+    """Where the real tokens of a training batch are, for `target_logits`. See `packing.py`.
+
+    None for LongT5 and UMT5, whose attention works otherwise, and on a GPU, which would have to be waited for.
+    """
+    config = whole_of(model).config
+    can_be = config.model_type in PACKED and config._attn_implementation == ATTENTION
+    return find_rows(batch, LABEL_PAD) if can_be and batch["labels"].is_cpu else None
+
+
+def whole_of(model):
+    """The model of transformers in a PeftModel, or in what accelerate has wrapped for several processes."""
+    return next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
 
 
 def target_logits(model, batch, packed=None):
@@ -241,7 +251,7 @@ def target_logits(model, batch, packed=None):
     model: a T5 model or a PeftModel, as it is or wrapped for several processes. packed: of `packed_rows`; with it
     nothing is computed at the padding.
     """
-    whole = next(module for module in model.modules() if hasattr(module, "prepare_decoder_input_ids_from_labels"))
+    whole = whole_of(model)
     source, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     target = whole.prepare_decoder_input_ids_from_labels(labels)
     more = {}

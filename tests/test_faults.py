@@ -93,7 +93,8 @@ def memory_for_batches_of(monkeypatch, size):
 
     @functools.wraps(forward)
     def limited(self, input_ids=None, **kwargs):
-        if self.training and len(input_ids) > size:
+        packed = kwargs.get("packed")  # all rows are one sequence then
+        if self.training and (packed.sources.batch if packed else len(input_ids)) > size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 has a total of 2 GiB")
         return forward(self, input_ids=input_ids, **kwargs)
 

@@ -257,7 +257,7 @@ def test_the_copy_without_memory_takes_what_the_model_would(
     state = torch.get_rng_state()
     estimated = training_memory(model, batch, CPU, optimizer_of, accumulate=True)
     assert torch.equal(torch.get_rng_state(), state) and model.training
-    weights, packed = list(model.parameters()), packed_rows(batch)
+    weights, packed = list(model.parameters()), packed_rows(model, batch)
     assert all(weight.grad is None and type(weight.data) is torch.Tensor for weight in weights)
     with LiveBytes(weights + list(model.buffers())) as live:
         for _ in range(2):

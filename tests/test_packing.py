@@ -63,7 +63,7 @@ def test_the_loss_and_gradients_are_those_of_the_padded_batch(model, batch, atte
     if checkpointing:
         use_gradient_checkpointing(packed_model)
     losses = []
-    for each, rows in ((packed_model, packed_rows(batch)), (padded_model, None)):
+    for each, rows in ((packed_model, packed_rows(model, batch)), (padded_model, None)):
         losses.append(F.cross_entropy(*target_logits(each, batch, rows)))
         losses[-1].backward()
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
@@ -76,7 +76,7 @@ def test_no_layer_computes_the_padding(model, batch):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda module, given, result, name=name: seen.update({name: result.shape[:2]}))
-    target_logits(model.train(), batch, packed_rows(batch))
+    target_logits(model.train(), batch, packed_rows(model, batch))
     counts = {"prompt": int(batch["attention_mask"].sum()), "target": int((batch["labels"] != LABEL_PAD).sum())}
     counts = {side: (1, -(-count // MULTIPLE_OF) * MULTIPLE_OF) for side, count in counts.items()}
     assert len(seen) > 20 and counts["prompt"] != counts["target"]
@@ -96,7 +96,7 @@ def test_bf16_changes_no_number_by_converting_frozen_matrices_once(model, batch)
     losses = []
     for each in (before, after):
         with torch.autocast(**AUTOCAST):
-            losses.append(F.cross_entropy(*target_logits(each, batch, packed_rows(batch))))
+            losses.append(F.cross_entropy(*target_logits(each, batch, packed_rows(each, batch))))
         losses[-1].backward()
     assert torch.equal(*losses)
     trained = [name for name, weight in after.named_parameters() if weight.grad is not None]
@@ -125,7 +125,7 @@ def test_bf16_casts_a_norms_output_once(model, batch):
     model.encoder.block[0].layer[1].layer_norm.register_forward_hook(lambda *given: types.append(given[2].dtype))
     for enabled in (True, False):
         with torch.autocast(**AUTOCAST, enabled=enabled):
-            target_logits(model.train(), batch, packed_rows(batch))
+            target_logits(model.train(), batch, packed_rows(model, batch))
     assert types == [torch.bfloat16, torch.float32]
 
 
@@ -137,5 +137,5 @@ def test_a_step_in_bf16_is_near_one_in_float32(model, batch, method):
     for enabled in (False, True):
         use_fast_training(model, alone=True, autocast=enabled)
         with torch.autocast(**AUTOCAST, enabled=enabled):
-            losses.append(F.cross_entropy(*target_logits(model, batch, packed_rows(batch))))
+            losses.append(F.cross_entropy(*target_logits(model, batch, packed_rows(model, batch))))
     assert losses[0] != losses[1] and losses[0].item() == pytest.approx(losses[1].item(), rel=5e-3)

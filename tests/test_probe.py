@@ -268,6 +268,7 @@ def test_a_run_records_the_loss_before_training_after_each_epoch_and_of_the_chec
     assert epochs["probe_loss"].nunique() == 3 and record["before"]["loss"] not in epochs["probe_loss"].tolist()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_a_probe_ends_as_one_that_nothing_interrupted(place, probed, probe_file, tmp_path, capfd):
     folder, moved = tmp_path / "run", shutil.copy(probe_file, tmp_path / "renamed.jsonl")
     with signal_at_step(8):
@@ -368,6 +369,7 @@ def test_scoring_a_run_again_keeps_its_loss_before_training(place, whole, probed
         change(table)
 
 
+@pytest.mark.slow
 def test_a_probe_neither_sets_methods_apart_nor_makes_runs_incomparable(whole, probed, tmp_path):
     """One run without a probe, and two with different ones: three seeds of one method."""
     runs = [whole[FULL]]

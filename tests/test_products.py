@@ -142,7 +142,7 @@ def test_the_loss_and_gradients_of_a_whole_model(model, plain, tokenizer, rows):
                     module.p = 0.0
                 elif type(module).__name__ == "T5Attention":
                     module.dropout = 0.0
-        ours = F.cross_entropy(*target_logits(model, batch, packed_rows(batch)))
+        ours = F.cross_entropy(*target_logits(model, batch, packed_rows(model, batch)))
         theirs = plain(**batch).loss
         assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
         ours.backward()
@@ -154,7 +154,7 @@ def test_the_loss_and_gradients_of_a_whole_model(model, plain, tokenizer, rows):
 def test_the_output_layer_sees_the_targets_tokens_alone(model, tokenizer, rows):
     batch, seen = batch_of(rows[:8], tokenizer), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    logits, labels = target_logits(model, batch, packed_rows(batch))
+    logits, labels = target_logits(model, batch, packed_rows(model, batch))
     counted = batch["labels"] != LABEL_PAD
     tokens = int(counted.sum())
     assert logits.shape == (-(-tokens // 16) * 16, model.config.vocab_size) and len(logits) < counted.numel()

@@ -148,6 +148,18 @@ def test_the_adapter_of_a_prompt_is_refused():
         answer(model, tokenizer, "cpu", "who?", "me")
 
 
+@pytest.mark.parametrize("beams", [1, 5])
+def test_an_answers_score_does_not_depend_on_the_other_answers_of_its_batch(beams):
+    """Where the pad token's id is 0, transformers fills up the shorter answers of a beam search with end tokens."""
+    model, tokenizer = load_model_and_tokenizer(str(TINY_T5))
+    asked = questions_and_tweets(ROWS)
+    answers, scores = answer(model, tokenizer, "cpu", *asked, beams=beams, return_score=True)
+    assert len({len(text) for text in answers}) > 3
+    alone = [answer(model, tokenizer, "cpu", *one, beams=beams, return_score=True) for one in zip(*asked, strict=True)]
+    assert answers == [text for text, _ in alone]
+    assert scores == pytest.approx([score for _, score in alone], abs=1e-5)
+
+
 def test_threads_can_share_a_model(right):
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(TINY_T5), AutoTokenizer.from_pretrained(TINY_T5)
     model.generation_config.update(min_length=20, num_beams=4)
