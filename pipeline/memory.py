@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import RunError, reason
 from pipeline.packing import Packed
-from pipeline.t5 import packed_rows, target_logits, use_gradient_checkpointing
+from pipeline.t5 import can_be_packed, packed_rows, target_logits, use_gradient_checkpointing
 
 HEAP_GAPS = 0.5  # heap fragmentation on a CPU, as a share of the activations (0.1 to 0.9 of them were measured)
 
@@ -52,22 +52,23 @@ class LiveBytes(TorchDispatchMode):
             self.peak, self.peak_gradients = self.now, sum(gradient.nbytes for gradient in gradients)
 
 
-def largest_batch(model, data, batches):
+def largest_batch(model, data, batches, packed):
     """The batch (a list of positions) of an epoch with which a training step takes most memory.
 
-    model: a T5 model or a PeftModel. data: a TweetQADataset with labels. batches: lists of positions in it.
+    model: a T5 model or a PeftModel. data: a TweetQADataset with labels. batches: lists of positions in it. packed:
+    whether a step computes no padding.
     """
-    # What is kept for each token: the outputs of every matrix on its side of the model. The output layer, and the loss
-    # behind it with two tensors of its size, see the targets' tokens alone.
+    # What is kept for each token: the outputs of every matrix on its side of the model, and behind the output layer the
+    # loss with two tensors of its size.
     head = {module for module in model.get_output_embeddings().modules() if isinstance(module, torch.nn.Linear)}
     encoder = {module for module in model.get_encoder().modules() if isinstance(module, torch.nn.Linear)}
     decoder = {module for module in model.modules() if isinstance(module, torch.nn.Linear)} - encoder - head
     of_prompt, of_target = (sum(matrix.out_features for matrix in side) for side in (encoder, decoder))
 
     def size(batch):
-        prompt, target = (max(len(ids[index]) for index in batch) for ids in (data.input_ids, data.labels))
-        tokens = sum(len(data.labels[index]) for index in batch)
-        return len(batch) * (prompt * of_prompt + target * of_target) + 3 * tokens * model.config.vocab_size
+        lengths = [[len(ids[index]) for index in batch] for ids in (data.input_ids, data.labels)]
+        prompt, target = (sum(each) if packed else len(batch) * max(each) for each in lengths)
+        return prompt * of_prompt + target * (of_target + 3 * model.config.vocab_size)
 
     return max(batches, key=size)
 
@@ -190,7 +191,8 @@ def estimate_memory(model, loader, accelerator, make_optimizer, checkpointing):
         device = torch.device("cpu")  # with several processes it is cpu:0, which is the same device
     positions = list(loader.sampler)
     batches = [positions[i : i + loader.batch_size] for i in range(0, len(positions), loader.batch_size)]
-    largest = [loader.dataset[index] for index in largest_batch(model, loader.dataset, batches)]
+    packed = device.type == "cpu" and can_be_packed(model)
+    largest = [loader.dataset[index] for index in largest_batch(model, loader.dataset, batches, packed)]
     try:
         parts = training_memory(
             model,

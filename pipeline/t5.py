@@ -230,14 +230,16 @@ def use_gradient_checkpointing(model, **options):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
 
 
-def packed_rows(model, batch):
-    """Where the real tokens of a training batch are, for `target_logits`. See `packing.py`.
-
-    None for LongT5 and UMT5, whose attention works otherwise, and on a GPU, which would have to be waited for.
-    """
+def can_be_packed(model):
+    """Whether the model's attention works on packed batches. That of LongT5 and UMT5 does not."""
     config = whole_of(model).config
-    can_be = config.model_type in PACKED and config._attn_implementation == ATTENTION
-    return find_rows(batch, LABEL_PAD) if can_be and batch["labels"].is_cpu else None
+    return config.model_type in PACKED and config._attn_implementation == ATTENTION
+
+
+def packed_rows(model, batch):
+    """Where the real tokens of a training batch are, for `target_logits`: see `packing.py`. None where the model cannot
+    be packed, and on a GPU, which would have to be waited for."""
+    return find_rows(batch, LABEL_PAD) if batch["labels"].is_cpu and can_be_packed(model) else None
 
 
 def whole_of(model):

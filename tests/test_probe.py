@@ -291,6 +291,17 @@ def test_a_resumed_run_with_a_probe_ends_as_one_that_nothing_interrupted(place, 
     assert (folder / "probe_losses.csv").read_bytes() == (probed / "probe_losses.csv").read_bytes()
 
 
+@pytest.mark.parametrize("script", [FULL, LORA])
+def test_in_bf16_on_a_cpu_the_loss_is_near_that_in_float32(place, probe_file, tmp_path, script):
+    """LoRA's frozen matrices are in bfloat16 there, so it is measured in that type."""
+    losses = []
+    for precision in ("fp32", "bf16"):
+        more = ("--probe", probe_file, "--precision", precision, "--epochs", 1, "--max_train_samples", 4)
+        assert main_of(script)(arguments(place, script, tmp_path / precision, *more)) == 0
+        losses.append(record_of(tmp_path / precision)["probe"]["before"]["loss"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
 def test_the_console_shows_the_loss_before_and_after_beside_the_usual_lines(probed):
     said = (probed.parent / "said.txt").read_text()
     lines = [line for line in said.splitlines() if line.startswith("[")]
