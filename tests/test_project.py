@@ -47,9 +47,14 @@ def readme_commands():
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_the_commands_of_the_readme_are_understood(command, monkeypatch):
-    """Up to the point where they would load anything."""
+def test_the_commands_of_the_readme_are_understood(command, monkeypatch, tmp_path, capsys):
+    """Up to the point where they would load anything; --merge looks for the run first, tests/test_merge.py has one."""
     _, script, *argv = shlex.split(command)
+    if "--merge" in argv:
+        monkeypatch.chdir(tmp_path)
+        assert main_of(script)(argv) == 2
+        assert capsys.readouterr().err.startswith(f"error: --merge {argv[1]}: this folder does not exist")
+        return
     seen = []
     monkeypatch.setattr(tweet_qa_main, "run", lambda args, wrap: seen.append(args))
     assert main_of(script)(argv) == 0
