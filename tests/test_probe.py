@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import (
     FULL,
     LORA,
@@ -297,7 +298,11 @@ def test_in_bf16_on_a_cpu_the_loss_is_near_that_in_float32(place, probe_file, tm
     losses = []
     for precision in ("fp32", "bf16"):
         more = ("--probe", probe_file, "--precision", precision, "--epochs", 1, "--max_train_samples", 4)
-        assert main_of(script)(arguments(place, script, tmp_path / precision, *more)) == 0
+        AcceleratorState._reset_state(True)  # its precision is otherwise that of the first run in a process
+        try:
+            assert main_of(script)(arguments(place, script, tmp_path / precision, *more)) == 0
+        finally:
+            AcceleratorState._reset_state(True)
         losses.append(record_of(tmp_path / precision)["probe"]["before"]["loss"])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
 
