@@ -54,7 +54,7 @@ def _converter(model_folder):
 
 
 class Search:
-    """CTranslate2's translator with one setting of its own beam search.
+    """CTranslate2's translator with one setting of its beam search.
 
     patience: the search of an example ends when beams * patience answers are finished. `generate` stops by another
     rule; with a patience as large as the beams both find the same answers, with less this may end earlier.

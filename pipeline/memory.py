@@ -252,7 +252,7 @@ def memory_for(flags):
 
 
 def free_memory(accelerator):
-    """Release the accelerator's references to a model that is no longer used, and its memory on the device."""
+    """Release the accelerator's references to an unused model, and the memory of that model on the device."""
     from accelerate.utils.memory import clear_device_cache
 
     accelerator.free_memory()

@@ -57,7 +57,7 @@ def read_probe(path):
 
     Raises InputError, with the number of the line, for a line that is not an object with the texts "prompt" and
     "target", that has another key than these and "kind", or that lacks a kind that others have; and for a file that
-    cannot be read or has fewer than two lines, with which there is no interval.
+    cannot be read or has fewer than two lines, since an interval needs two.
     """
     try:
         content = Path(path).read_bytes()

@@ -245,7 +245,7 @@ def write_json(path, record):
 
 
 def read_run_json(folder):
-    """The record of the run in `folder`, or None if there is no run.json. Raises InputError if it is damaged."""
+    """The content of run.json in `folder`, None without that file. Raises InputError if it is damaged."""
     path = Path(folder, "run.json")
     if not path.exists():
         return None
@@ -319,7 +319,7 @@ def read_run(folder):
     rows for an untrained model. examples: validation_predictions.csv, with the references as lists and NaN for a metric
     that was not measured. Both are DataFrames.
 
-    Raises InputError if there is no run, or if it has not finished or its files are damaged.
+    Raises InputError if there is no run, if it has not finished, or if its files are damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -9,8 +9,8 @@ import subprocess
 
 
 def environment_of_jobs(jobs):
-    """The variables that each of the jobs gets beside this process's: a GPU of its own where there are several; without
-    a GPU, its share of the cores. A single job gets none."""
+    """Environment variables for each job, besides those of this process: a separate GPU if there are several, or its
+    share of the cores if there is none. A single job gets no variables."""
     gpus = visible_gpus() if jobs > 1 else []
     if len(gpus) > 1:
         return [{"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} for slot in range(jobs)]

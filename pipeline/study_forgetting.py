@@ -166,7 +166,7 @@ def _said(entry, other, probed, pair):
         }[result.mean < 0, forgot]
         said = [f"{ours} {verb}, by {nats(abs(result.mean))} nats a target token {inside}.", changes]
     if own.low <= 0 <= own.high:
-        said.append("That it forgot anything is not shown: the interval of its own change has 0 in it.")
+        said.append("It is not shown that it forgot anything: the interval of its change contains 0.")
     return said
 
 

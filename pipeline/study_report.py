@@ -429,7 +429,7 @@ def draw(plan, entries, groups, probed):
     if not groups:
         return drawn
     main = max(groups, key=lambda group: max(map(_train_rows, group.entries)))
-    most = max(map(_train_rows, main.entries))  # a learning curve has a picture of its own
+    most = max(map(_train_rows, main.entries))  # a learning curve has a separate picture
     largest = [entry for entry in main.entries if _train_rows(entry) in (0, most)]
     of = f" (trained on {most:,} rows)" if len(largest) < sum(len(group.entries) for group in groups) else ""
     curves = [(entry.label, entry.number, [_learning(run) for run in entry.row.runs]) for entry in largest]
