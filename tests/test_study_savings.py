@@ -211,7 +211,7 @@ def test_a_single_seed_covers_lines_alone(report):
         ({"LoRA (lora_r 4)": 0.9}, "forgot more than full, by"),
         ({"full": -0.5, "LoRA (lora_r 4)": -0.9}, "improved more on the probe than full, by"),
         ({"full": -0.9, "LoRA (lora_r 4)": -0.5}, "improved less on the probe than full, by"),
-        ({"LoRA (lora_r 4)": 0.0}, "That it forgot anything is not shown"),
+        ({"LoRA (lora_r 4)": 0.0}, "It is not shown that it forgot anything"),
     ],
 )
 def test_the_words_follow_the_signs(report, rises, said):
