@@ -179,10 +179,10 @@ def chunks(items, size):
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def by_length(data):
-    """The positions of a TweetQADataset's examples, longest prompt first: an evaluation in this order pads least, and
-    if memory runs out, it does in the first batch."""
-    return sorted(range(len(data)), key=lambda index: -len(data.input_ids[index]))
+def by_length(prompts):
+    """The positions of prompts (lists of token ids), the longest first: batches in this order have the least padding,
+    and if memory runs out, it does in the first one."""
+    return sorted(range(len(prompts)), key=lambda position: -len(prompts[position]))
 
 
 def build_collate_fn(tokenizer, pad_to_multiple_of=None):
@@ -239,7 +239,7 @@ def eval_loader(data, batch_size, collate, process=0, processes=1):
     A row is in the same batch whatever the number of processes, so its scores are the same to the last digit. So that
     all processes have the same number of batches, some get the last one too; `predict` drops the repeated rows.
     """
-    batches = chunks(by_length(data), batch_size)
+    batches = chunks(by_length(data.input_ids), batch_size)
     batches += batches[-1:] * (-len(batches) % processes)
     return build_loader(data, batch_size, collate, sum(batches[process::processes], []))
 
@@ -251,13 +251,13 @@ def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cros
     """Beam search over a batch, the same whatever the checkpoint's own generation config says.
 
     encoded: the encoder's output, (batch, input length, width). mask: its attention mask, (batch, input length).
-    beams: 1 is greedy. max_target_len: the most tokens of an answer, end token included. cross: see `token_log_probs`.
+    beams: 1 is greedy. max_target_len: the most tokens of an answer, end token included. cross: the input's
+    `cross_attention_cache`, if it was needed before.
 
     Returns (answers, token_ids): stripped strings, and int64 (batch, answer length), padded with -100.
     """
     if cross is None:
-        cross = DynamicCache()
-        token_log_probs(model, encoded, mask, mask.new_full((len(mask), 1), LABEL_PAD), cross)
+        cross = cross_attention_cache(model, encoded, mask)
     if beams > 1 and not shares_keys(model, encoded):
         cross = copy.deepcopy(cross)
         cross.batch_repeat_interleave(beams)
@@ -275,14 +275,29 @@ def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cros
     return answers, token_ids.masked_fill(token_ids == tokenizer.pad_token_id, LABEL_PAD)
 
 
+def cross_attention_cache(model, encoded, mask):
+    """A DynamicCache of the cross-attention's keys and values of an input, which a search and its score share.
+
+    encoded, mask: as in `decode_batch`. The decoder fills it when it reads its first token, without the output layer.
+    """
+    cross = DynamicCache()
+    model.get_decoder()(
+        input_ids=mask.new_full((len(mask), 1), start_token(model)),
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=mask,
+        past_key_values=EncoderDecoderCache(DynamicCache(), cross),
+        use_cache=True,
+    )
+    return cross
+
+
 def token_log_probs(model, encoded, mask, labels, cross):
     """The log-probability (nats) of each token of `labels` given the input and the tokens before it.
 
     encoded, mask: as in `decode_batch`. labels: int64 (batch, length), padded with -100. Returns float32 of the same
     shape, 0 at the padding.
 
-    cross: a DynamicCache of the cross-attention's keys and values for this input. The decoder's first pass fills it;
-    later passes and searches reuse it.
+    cross: the input's `cross_attention_cache`, or an empty DynamicCache, which this pass of the decoder fills.
     """
     before = labels.roll(1, dims=1)  # what the decoder reads to predict each label
     before[:, 0] = start_token(model)
@@ -553,17 +568,21 @@ def answer(
         what = f"{cut} of {len(pairs)} prompts were cut to {max_input_len} tokens (max_input_len)"
         warnings.warn(f"{what}: words at the end of the tweet were left out", stacklevel=2)
 
-    answers, scores = [], []
+    answers, scores = {}, {}  # by position
     with eval_mode(model), torch.inference_mode():
-        for some in chunks(prompts, batch_size):
+        for positions in chunks(by_length(prompts), batch_size):
             # With a mask, whatever the tokenizer's files say that the model takes.
-            inputs = tokenizer.pad({"input_ids": some}, return_attention_mask=True, return_tensors="pt")
+            some = {"input_ids": [prompts[position] for position in positions]}
+            inputs = tokenizer.pad(some, return_attention_mask=True, return_tensors="pt")
             input_ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
             encoded = model.get_encoder()(input_ids=input_ids, attention_mask=mask).last_hidden_state
-            texts, token_ids = decode_batch(model, tokenizer, encoded, mask, beams=beams, max_target_len=max_target_len)
-            answers += texts
+            options = {"max_target_len": max_target_len, "cross": cross_attention_cache(model, encoded, mask)}
+            texts, token_ids = decode_batch(model, tokenizer, encoded, mask, beams=beams, **options)
+            answers |= zip(positions, texts, strict=True)
             if return_score:
-                scores += _mean_log_probs(model, encoded, mask, token_ids, DynamicCache()).tolist()
+                means = _mean_log_probs(model, encoded, mask, token_ids, options["cross"])
+                scores |= zip(positions, means.tolist(), strict=True)
+    answers, scores = ([found[position] for position in sorted(found)] for found in (answers, scores))
     if isinstance(question, str) and isinstance(tweet, str):
         answers, scores = answers[0], scores[0] if scores else None
     return (answers, scores) if return_score else answers

@@ -1,7 +1,7 @@
 """Compare the speed of this project with that of the loops people use today, side by side in one run.
 
     python -m benchmarks.run                  # on the CPU: two hours on two cores, most of them for the seeds
-    python -m benchmarks.run --seeds 0        # without them; a later run without --seeds 0 on that day adds them
+    python -m benchmarks.run --seeds 0        # without them; a later run without --seeds 0 adds them
     python -m benchmarks.run --device cuda
     python -m benchmarks.run --quick          # checks that everything works and agrees; its times mean nothing
 
@@ -349,9 +349,9 @@ def describe(options):
 
 
 def is_continued(before, now):
-    """Whether a run with the description `now` may use what an interrupted one measured. That one may have written its
-    results, which alone makes the repository "dirty"."""
-    before, now = (dict(each, commit=str(each["commit"]).removesuffix("-dirty")) for each in (before, now))
+    """Whether a run with the description `now` may use what an interrupted one measured, on whatever day. That one may
+    have written its results, which alone makes the repository "dirty"."""
+    before, now = (dict(each, commit=str(each["commit"]).removesuffix("-dirty"), date=None) for each in (before, now))
     return before.items() >= now.items()
 
 

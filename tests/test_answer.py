@@ -83,6 +83,17 @@ def test_one_text_gives_one_answer_and_a_list_a_list(model, tokenizer, expected)
     assert ([text], [score]) == (texts, pytest.approx(scores)) and isinstance(score, float) and score < 0
 
 
+def test_answers_and_scores_are_in_the_order_of_the_questions(model, tokenizer, rows):
+    """They are computed in order of length."""
+    questions, tweets = [row["Question"] for row in rows], [row["Tweet"] for row in rows]
+    for beams in (1, 3):
+        options = SHORT | {"beams": beams, "return_score": True}
+        texts, scores = answer(model, tokenizer, "cpu", questions, tweets, **options, batch_size=7)
+        alone = [answer(model, tokenizer, "cpu", *pair, **options) for pair in zip(questions, tweets, strict=True)]
+        assert texts == [text for text, _ in alone] and len(set(texts)) > 10
+        assert scores == pytest.approx([score for _, score in alone], abs=1e-4)
+
+
 @pytest.mark.parametrize("empty", [[], (), pd.Series([], dtype=str), np.array([], dtype=str)])
 def test_nothing_asked_is_nothing_answered(model, tokenizer, empty):
     assert answer(model, tokenizer, "cpu", empty, empty) == []

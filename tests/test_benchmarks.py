@@ -82,3 +82,4 @@ def test_an_interrupted_benchmark_is_continued_by_the_same_one_alone():
     assert run.is_continued(now | {"commit": "abc", "cases": {}}, now)
     assert not run.is_continued(now | {"commit": "abd", "cases": {}}, now)
     assert not run.is_continued(now | {"rounds": 3}, now)
+    assert run.is_continued(now, now | {"date": "2026-01-02"})
