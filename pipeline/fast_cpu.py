@@ -142,8 +142,9 @@ def attend(module, query, key, value, attention_mask, packed=None, **options):
     if packed is None:
         return attend_to_rows(module, query, key, value, attention_mask, **options)
     rows, keys = packed.around(module)
-    result, _ = attend_to_rows(module, rows.unpack(query), keys.unpack(key), keys.unpack(value), keys.mask, **options)
-    return rows.pack(result), None
+    query, key, value = rows.unpack_heads(query), keys.unpack_heads(key), keys.unpack_heads(value)
+    result, _ = attend_to_rows(module, query, key, value, keys.mask, **options)
+    return rows.pack_heads(result.transpose(1, 2)), None
 
 
 def bias_of_rows(attention, given, options):
@@ -152,7 +153,7 @@ def bias_of_rows(attention, given, options):
         queries, keys = options["packed"].around(attention)
         bias = torch.zeros(1, 1, 1, 1)
         if attention.has_relative_attention_bias:
-            bias = attention.compute_bias(queries.length, keys.length)
+            bias = attention.compute_bias(queries.shape[2], keys.shape[2])
         options = options | {"position_bias": bias}
     return given, options
 

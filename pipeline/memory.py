@@ -99,8 +99,9 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
             use_gradient_checkpointing(twin, preserve_rng_state=False)  # there is none to preserve
         given = {name: without_memory(batch[name]) for name in ("input_ids", "attention_mask", "labels")}
         if rows is not None:
-            sides = (rows.sources, rows.targets)
-            rows = Packed(*(replace(s, places=without_memory(s.places), mask=without_memory(s.mask)) for s in sides))
+            names = ("places", "mask", "to_rows", "to_tokens")
+            sides = [replace(s, **{n: without_memory(getattr(s, n)) for n in names}) for s in vars(rows).values()]
+            rows = Packed(*sides)
         weights = list(twin.parameters())
         with LiveBytes(weights + list(twin.buffers())) as live:
             for _ in range(2 if accumulate else 1):

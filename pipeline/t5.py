@@ -239,7 +239,9 @@ def can_be_packed(model):
 def packed_rows(model, batch):
     """Where the real tokens of a training batch are, for `target_logits`: see `packing.py`. None where the model cannot
     be packed, and on a GPU, which would have to be waited for."""
-    return find_rows(batch, LABEL_PAD) if batch["labels"].is_cpu and can_be_packed(model) else None
+    if not batch["labels"].is_cpu or not can_be_packed(model):
+        return None
+    return find_rows(batch, LABEL_PAD, whole_of(model).config.num_heads)
 
 
 def whole_of(model):

@@ -39,6 +39,9 @@ SHARED = PROJECT.parent / "shared"
 TINY = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "num_decoder_layers": 2}
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 SCRIPTS = FULL, LORA = ("tweet_qa_main.py", "tweet_qa_main_lora.py")
+# For what takes long: the other script is in the slow tests.
+FULL_FIRST = (FULL, pytest.param(LORA, marks=pytest.mark.slow))
+LORA_FIRST = (LORA, pytest.param(FULL, marks=pytest.mark.slow))
 WEIGHTS = {FULL: "model.safetensors", LORA: "adapter_model.safetensors"}
 FOLDER_NAMES = {FULL: "flan_t5_tweetqa_ckpt", LORA: "flan_t5_tweetqa_ckpt_lora"}
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import FULL, PROJECT, SCRIPTS, main_of, run_script
+from conftest import FULL, FULL_FIRST, PROJECT, main_of, run_script
 
 from pipeline import memory
 from pipeline.run_folder import check_is_free, git_commit
@@ -21,7 +21,7 @@ DEMO = ("--model_name", PROJECT / "demo" / "tiny-t5", "--dataset", PROJECT / "de
 SMALL = ("--max_train_samples", "16", "--max_eval_samples", "8", "--epochs", "1")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FULL_FIRST)
 def test_a_user_without_home_and_without_an_entry_in_the_password_file(tmp_path, minilm, script):
     if not shutil.which("setpriv") or os.getuid() != 0:
         pytest.skip("setpriv and root are needed to become another user")

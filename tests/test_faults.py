@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import FULL, LORA, SCRIPTS, arguments, assert_same_end, in_evaluation, main_of, signal_at_step
+from conftest import FULL, FULL_FIRST, LORA, SCRIPTS, arguments, assert_same_end, in_evaluation, main_of, signal_at_step
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -63,7 +63,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(place, whole, tmp_path
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["train_loss"].notna().all()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FULL_FIRST)
 def test_ten_steps_that_are_not_finite_stop_the_run(place, tmp_path, monkeypatch, capfd, script):
     losses_not_finite(monkeypatch, range(14, 100))
     folder = tmp_path / "run"
@@ -126,7 +126,7 @@ def test_memory_that_runs_out_in_an_evaluation_is_named(place, tmp_path, capfd):
     assert re.fullmatch(r"error: out of memory with --eval_batch_size 32: lower it \| --resume .* after step 6\n", err)
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[1], pytest.param(SCRIPTS[0], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", FULL_FIRST)
 def test_auto_batch_size_trains_as_if_the_smaller_batch_had_been_given(place, tmp_path, monkeypatch, capfd, script):
     """Batches of 4 fit in the first epoch and no longer in the second: even so everything starts anew."""
     more = ("--batch_size", 2, "--grad_accum_steps", 4)

@@ -69,7 +69,7 @@ def closed_port():
         return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.fixture(params=["refuses", "never answers", "offline mode"])
+@pytest.fixture(params=["refuses", pytest.param("never answers", marks=pytest.mark.slow), "offline mode"])
 def dead_hub(request, hub):
     """The environment of a process for which no hub can be reached, in three ways."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from conftest import (
     FOLDER_NAMES,
     FULL,
+    FULL_FIRST,
     LORA,
     PROJECT,
     SCRIPTS,
@@ -354,7 +355,7 @@ DEMO_METHOD = {
 }
 
 
-@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
+@pytest.mark.parametrize("script", FULL_FIRST)
 def test_the_demo_takes_what_it_said_it_would(script, tmp_path, minilm):
     """As `make demo` starts it, for one epoch."""
     estimated, peak = estimate_and_peak(

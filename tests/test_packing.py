@@ -43,15 +43,34 @@ def lora_of(model, **changes):
     return add_lora(model, Namespace(**LORA | {"use_rslora": False, "use_dora": False} | changes))
 
 
-def test_unpacking_puts_each_token_back_where_it_was():
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
-    sources = find_rows({"labels": mask, "attention_mask": mask}, LABEL_PAD).sources
-    tokens = torch.arange(12.0).view(3, 4, 1, 1).expand(3, 4, 2, 3) + 1
-    packed = sources.pack(tokens)
-    assert packed.shape == (1, MULTIPLE_OF, 2, 3) and packed[0, :6, 0, 0].tolist() == [1, 2, 5, 6, 7, 9]
-    assert not packed[0, 6:].any()
-    expected = (tokens * mask[:, :, None, None]).transpose(1, 2)
-    assert torch.equal(sources.unpack(packed.transpose(1, 2)), expected)
+def test_packing_and_unpacking_move_each_token_and_its_gradient():
+    for mask in ([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], [[1] * 16], [[0, 0], [1, 1]]):
+        mask = torch.tensor(mask)
+        (batch, length), heads, d, count = mask.shape, 2, 3, int(mask.sum())
+        sources = find_rows({"labels": mask, "attention_mask": mask}, LABEL_PAD, heads).sources
+        numbers = torch.arange(batch * length).view(batch, length) + 1
+        packed = sources.pack(numbers, fill=-1)
+        real = numbers[mask.bool()].tolist()
+        assert packed[0, :count].tolist() == real and (packed[0, count:] == -1).all()
+        assert count < packed.shape[1] == sources.pack(mask).shape[1] <= count + MULTIPLE_OF
+
+        padded = torch.randn(batch, heads, length, d, requires_grad=True)
+        tokens = sources.pack_heads(padded)
+        at = mask[:, None, :, None].bool()
+        by_token = padded.transpose(1, 2)[mask.bool()]
+        assert torch.equal(tokens[0, :count], by_token) and not tokens[0, count:].any()
+        weights = torch.randn(count, heads, d)
+        (tokens[0, :count] * weights).sum().backward()
+        assert torch.equal(padded.grad.transpose(1, 2)[mask.bool()], weights)
+        assert not padded.grad.masked_select(~at).any()
+
+        tokens = tokens.detach().transpose(1, 2).requires_grad_()
+        rows = sources.unpack_heads(tokens)
+        assert torch.equal(rows.masked_select(at), padded.masked_select(at)) and rows.is_contiguous()
+        weights = torch.randn(rows.shape)
+        (rows * weights).sum().backward()
+        assert torch.equal(tokens.grad.transpose(1, 2)[0, :count], weights.transpose(1, 2)[mask.bool()])
+        assert not tokens.grad.transpose(1, 2)[0, count:].any()
 
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 1e-9])
@@ -78,7 +97,7 @@ def test_no_layer_computes_the_padding(model, batch):
             module.register_forward_hook(lambda module, given, result, name=name: seen.update({name: result.shape[:2]}))
     target_logits(model.train(), batch, packed_rows(model, batch))
     counts = {"prompt": int(batch["attention_mask"].sum()), "target": int((batch["labels"] != LABEL_PAD).sum())}
-    counts = {side: (1, -(-count // MULTIPLE_OF) * MULTIPLE_OF) for side, count in counts.items()}
+    counts = {side: (1, (count // MULTIPLE_OF + 1) * MULTIPLE_OF) for side, count in counts.items()}
     assert len(seen) > 20 and counts["prompt"] != counts["target"]
     for name, shape in seen.items():
         of_prompt = name.startswith("encoder") or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))

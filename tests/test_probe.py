@@ -18,6 +18,7 @@ from conftest import (
     FULL,
     LORA,
     PROJECT,
+    SCRIPTS,
     arguments,
     assert_refused_at,
     assert_same_end,
@@ -292,7 +293,8 @@ def test_a_resumed_run_with_a_probe_ends_as_one_that_nothing_interrupted(place, 
     assert (folder / "probe_losses.csv").read_bytes() == (probed / "probe_losses.csv").read_bytes()
 
 
-@pytest.mark.parametrize("script", [FULL, LORA])
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_in_bf16_on_a_cpu_the_loss_is_near_that_in_float32(place, probe_file, tmp_path, script):
     """LoRA's frozen matrices are in bfloat16 there, so it is measured in that type."""
     losses = []

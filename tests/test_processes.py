@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from conftest import AT_START, FULL, LORA, PROJECT, SCRIPTS, SERVERS, Script, run_script
+from conftest import AT_START, FULL, FULL_FIRST, LORA, PROJECT, SERVERS, Script, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -83,7 +83,7 @@ def arguments(script, calm_demo, **others):
     return [part for name, value in given.items() for part in (f"--{name}", value)]
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=FULL_FIRST)
 def both(request, made_once, calm_demo):
     """(script, its run in two processes with batches of 4, its run in one process with batches of 8)."""
     script = request.param
@@ -143,7 +143,9 @@ def test_a_checkpoint_scores_the_same_to_the_last_digit(both, tmp_path, calm_dem
     assert finals[0] == finals[1] and finals[0]["f1"] > 0.1
 
 
-@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("both", "shards"), [(FULL, False), pytest.param(LORA, True, marks=pytest.mark.slow)], indirect=["both"]
+)
 def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, request, tmp_path, calm_demo):
     script, (two, _), _ = both
     if shards:
@@ -168,7 +170,8 @@ def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, reque
     assert not (tmp_path / "run" / "last").exists()
 
 
-@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("both", [FULL], indirect=True)
+@pytest.mark.parametrize("evaluating", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_stops_all_processes_together_and_the_run_goes_on(both, evaluating, tmp_path, calm_demo):
     """In the first epoch or in its evaluation; the launcher is told, and tells the processes."""
     script, (two, _), _ = both
@@ -190,6 +193,8 @@ def test_sigterm_stops_all_processes_together_and_the_run_goes_on(both, evaluati
         assert (tmp_path / "run" / name).read_bytes() == (two / name).read_bytes(), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [FULL], indirect=True)
 def test_two_machines_do_what_two_processes_do(both, tmp_path, calm_demo):
     """The README's two commands, each "machine" on a loopback address of its own; the first one speaks."""
     script, (two, _), _ = both

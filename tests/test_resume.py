@@ -19,6 +19,7 @@ from conftest import (
     EPOCHS,
     FULL,
     LORA,
+    LORA_FIRST,
     PROJECT,
     SCRIPTS,
     STEPS,
@@ -44,7 +45,7 @@ from pipeline.run_folder import UNRENAMED
 pytestmark = pytest.mark.usefixtures("without_java")
 
 
-@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
+@pytest.mark.parametrize("script", LORA_FIRST)
 def test_a_run_stopped_five_times_ends_like_one_that_was_not(place, whole, tmp_path, monkeypatch, capfd, script):
     """In the middle of two epochs, in an evaluation, while saving, and in the final pass; weights are compared."""
     folder = tmp_path / "run"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import FULL, LORA, SCRIPTS, at_call, in_evaluation, main_of, run_script
+from conftest import FULL, FULL_FIRST, LORA, SCRIPTS, at_call, in_evaluation, main_of, run_script
 from matplotlib.figure import Figure
 
 TABLES = ("train_loss", "metrics")
@@ -100,7 +100,7 @@ def assert_tensorboard_holds(folder):
     assert images == plots and {"loss_curve", "val_f1_curve", "breakdown"} == plots.keys()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", FULL_FIRST)
 def test_tensorboard_holds_what_the_folder_holds(tmp_path, arguments, capfd, script):
     folder = tmp_path / "run"
     assert main_of(script)([*arguments, "--report_to", "tensorboard"]) == 0

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from conftest import (
     FULL,
     LORA,
+    LORA_FIRST,
     PROJECT,
     SCRIPTS,
     arguments,
@@ -88,7 +89,7 @@ def record_of(folder):
 # ----------------------------------------------------------------------------------------------- recorded and resumed
 
 
-@pytest.mark.parametrize("script", [pytest.param(FULL, marks=pytest.mark.slow), LORA])
+@pytest.mark.parametrize("script", LORA_FIRST)
 def test_a_run_that_is_stopped_within_its_last_part_of_an_epoch_ends_as_the_whole_one(place, changed, tmp_path, script):
     folder = tmp_path / "run"
     with signal_at_step(9):

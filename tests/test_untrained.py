@@ -7,7 +7,17 @@ from argparse import Namespace
 
 import pandas as pd
 import pytest
-from conftest import FULL, LORA, SCRIPTS, arguments, assert_refused_at, contents, main_of, signal_in_evaluation
+from conftest import (
+    FULL,
+    FULL_FIRST,
+    LORA,
+    SCRIPTS,
+    arguments,
+    assert_refused_at,
+    contents,
+    main_of,
+    signal_in_evaluation,
+)
 from safetensors.torch import load_file, save_file
 
 import compare_runs
@@ -176,7 +186,7 @@ def test_held_out_rows_do_not_depend_on_the_seed(place):
     assert held_out(1, 42) == held_out(2, 42) != held_out(1, 43)
 
 
-@pytest.mark.parametrize("script", [FULL, pytest.param(LORA, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", FULL_FIRST)
 def test_a_run_of_an_older_version_is_scored_on_the_rows_that_its_seed_chose(place, tmp_path, capfd, script):
     """Made here with --holdout_seed 7, and then written as a run with --seed 7 was."""
     folder = tmp_path / "run"
