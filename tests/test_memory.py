@@ -199,6 +199,7 @@ def test_the_figures_of_a_bf16_run_are_those_of_the_model_that_was_trained(bf16_
     )
 
 
+@pytest.mark.slow
 def test_a_bf16_run_that_is_stopped_ends_like_one_that_was_not(bf16_run, place, tmp_path, capfd):
     folder = tmp_path / "run"
     with signal_at_step(9):
@@ -372,7 +373,7 @@ def flan(tmp_path_factory, flan_t5_files):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_shape_of_flan_t5_small_takes_what_it_said_it_would(script, flan, tmp_path, tweet_qa):
-    """On 256 rows of TweetQA, as they come and with what saves memory."""
+    """On 128 rows of TweetQA, as they come and with what saves memory."""
     cases = [[], ["--gradient_checkpointing"], ["--batch_size", "2", "--grad_accum_steps", "4"]]
     cases += [["--base_dtype", "bf16"]] * (script == LORA)
     for number, more in enumerate(cases):
@@ -380,7 +381,7 @@ def test_the_shape_of_flan_t5_small_takes_what_it_said_it_would(script, flan, tm
             script,
             tmp_path / str(number),
             *("--model_name", flan, "--dataset", tweet_qa, "--sem_model", "none"),
-            *("--max_train_samples", 256, "--max_eval_samples", 8, *more),
+            *("--max_train_samples", 128, "--max_eval_samples", 8, *more),
         )
         print(script, more, estimated, peak)
         assert estimated == pytest.approx(peak, rel=0.2), more

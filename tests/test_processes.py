@@ -219,6 +219,7 @@ def test_bad_input_is_told_once(tmp_path, calm_demo):
     assert refused.stderr.count("error: --auto_batch_size works with one process") == 1
 
 
+@pytest.mark.slow
 def test_seeds_run_one_after_the_other_in_all_processes(tmp_path, calm_demo):
     small = {"max_train_samples": 8, "max_eval_samples": 8, "epochs": 1, "save_dir": tmp_path / "runs"}
     done = launch(FULL, *arguments(FULL, calm_demo, **small), "--seeds", 0, 1)
@@ -286,6 +287,7 @@ def load_as_readme_says(script, folder, base):
     return PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(base), folder), tokenizer
 
 
+@pytest.mark.slow
 def test_a_sharded_model_may_share_its_embeddings_with_its_head(tmp_path, calm_demo):
     model = AutoModelForSeq2SeqLM.from_pretrained(calm_demo)
     model.config.tie_word_embeddings = model.config.scale_decoder_outputs = True

@@ -169,7 +169,7 @@ print("not reached")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_20_random_moments(place, whole, tmp_path, script):
+def test_killed_at_10_random_moments(place, whole, tmp_path, script):
     """SIGKILL of a real process, at random moments and at random moments of a save; each is resumed to the same end.
 
     The processes are forked from one that has imported the libraries: what they do from then on is the whole run.
@@ -195,7 +195,7 @@ def test_killed_at_20_random_moments(place, whole, tmp_path, script):
     shutil.rmtree(folder)
 
     kills, saving, checkpoints = 0, 0, 0
-    while kills < 20:
+    while kills < 10:
         process = start()
         until = wait_for_its_beginning(process) + rng.random() * length
         in_save = rng.random() < 0.5

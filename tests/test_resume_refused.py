@@ -72,6 +72,7 @@ def test_resuming_with_another_shape_method_model_or_data_is_refused(place, stop
     refused(full, ["--overwrite"], "--eval_only, --resume and --overwrite exclude each other")
 
 
+@pytest.mark.slow
 def test_what_changes_no_result_may_be_given_anew(place, whole, stopped, tmp_path):
     """Also a copy of the data in another place. The batches of the evaluation sum in another order, a little."""
     script = LORA
