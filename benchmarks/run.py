@@ -74,8 +74,11 @@ class Pools:
         for pool in self.pools.values():
             pool.shutdown()
 
-    def ask(self, name, job, *args, **options):
-        return self.pools[name].submit(jobs.in_contender, name, job, *args, **options).result()
+    def start(self, name, job, *args, **options):
+        return self.pools[name].submit(jobs.in_contender, name, job, *args, **options)
+
+    def ask(self, *given, **options):
+        return self.start(*given, **options).result()
 
 
 def measure(case, methods, options, found):
@@ -180,7 +183,7 @@ def measure_training(pools, case, chosen, lora, precision, options):
 
 
 def measure_f1(case, methods, options, found):
-    """Add the F1 of the demo model after training with each seed, for each contender. Yields after each run.
+    """Add the F1 of the demo model after training with each seed, for each contender. Yields after each seed.
 
     found: {"epochs", "seeds", method: {contender: [F1 of each seed]}}; what it has is not measured again.
     """
@@ -189,11 +192,15 @@ def measure_f1(case, methods, options, found):
             lora, precision = methods[method]
             scores = found.setdefault(method, {name: [] for name in CONTENDERS})
             for number, seed in enumerate(found["seeds"]):
-                for name in [name for name in CONTENDERS if len(scores[name]) == number]:
-                    say(f"{case['name']}, {method}: F1 with seed {seed}, {name}")
-                    given = (lora, DEMO_LR[method], seed, found["epochs"], options.device, precision)
-                    scores[name].append(pools.ask(name, jobs.quality, case, *given))
-                    yield
+                missing = [name for name in CONTENDERS if len(scores[name]) == number]
+                if not missing:
+                    continue
+                say(f"{case['name']}, {method}: F1 with seed {seed}")
+                given = (jobs.quality, case, lora, DEMO_LR[method], seed, found["epochs"], options.device, precision)
+                started = {name: pools.start(name, *given) for name in missing}  # together: no times are measured
+                for name, run in started.items():
+                    scores[name].append(run.result())
+                yield
 
 
 def say(text):
