@@ -45,6 +45,7 @@ from pipeline.t5 import (
     encoder_output,
     eval_mode,
     load_model_and_tokenizer,
+    logits_at,
     search,
     start_token,
 )
@@ -301,16 +302,18 @@ def token_log_probs(model, encoded, mask, labels, cross):
     """
     before = labels.roll(1, dims=1)  # what the decoder reads to predict each label
     before[:, 0] = start_token(model)
-    logits = model(
+    tokens = labels != LABEL_PAD
+    logits = logits_at(
+        model,
+        tokens,
         encoder_outputs=encoder_output(encoded),
         attention_mask=mask,
         decoder_input_ids=before.clamp(min=0),  # at the padding any token will do: no label comes after it
         past_key_values=EncoderDecoderCache(DynamicCache(), cross),
         use_cache=True,
-    ).logits
-    tokens = labels != LABEL_PAD  # much of a batch's targets is padding, which needs no softmax over the vocabulary
+    )
     scores = torch.zeros(labels.shape, device=labels.device)
-    scores[tokens] = -F.cross_entropy(logits[tokens].float(), labels[tokens], reduction="none")
+    scores[tokens] = -F.cross_entropy(logits.float(), labels[tokens], reduction="none")
     return scores
 
 

@@ -273,6 +273,30 @@ def target_logits(model, batch, packed=None):
     return logits.flatten(0, 1), labels.flatten()
 
 
+class _AtTokens(torch.nn.Module):
+    """The output layer, at some tokens alone."""
+
+    def __init__(self, layer, chosen):
+        super().__init__()
+        self.layer, self.chosen = layer, chosen
+
+    def forward(self, hidden):
+        return self.layer(hidden[self.chosen])
+
+
+def logits_at(model, chosen, **inputs):
+    """The logits (n, vocabulary) of a T5 model or PeftModel where `chosen`, booleans (batch, length), is True.
+
+    inputs: the model's. Half of a batch's targets can be padding, and the output layer is the largest product. A
+    shallow copy of the model computes it, so that threads can share the model itself.
+    """
+    whole = copy.copy(next(module for module in model.modules() if "lm_head" in module._modules))
+    if "forward" in vars(whole):  # accelerate's, for mixed precision: it would compute with the model itself
+        return model(**inputs).logits[chosen]
+    whole._modules = whole._modules | {"lm_head": _AtTokens(whole.lm_head, chosen)}
+    return whole(**inputs).logits
+
+
 class SearchCache(EncoderDecoderCache):
     """The keys and values of a beam search. Those of the cross-attention are not reordered with the beams.
 

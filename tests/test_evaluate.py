@@ -16,6 +16,7 @@ from helper_functions import (
     predict,
     token_f1,
 )
+from pipeline.t5 import logits_at
 from tweet_qa_main_lora import add_lora
 
 
@@ -58,6 +59,29 @@ def test_val_loss_is_the_mean_over_target_tokens(kind, request, tokenizer, rows)
         batch_means.append(loss)
     assert metrics["val_loss"] == pytest.approx(sum(losses) / sum(tokens), rel=1e-5)
     assert metrics["val_loss"] != pytest.approx(sum(batch_means) / len(batch_means), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["model", "lora_model", "in bf16 by accelerate"])
+def test_the_output_layer_computes_no_padding(kind, request, tokenizer, rows):
+    """Where accelerate has replaced a model's forward, all positions are computed, to the same numbers."""
+    model = request.getfixturevalue("model" if "accelerate" in kind else kind)
+    whole, seen = next(module for module in model.modules() if "lm_head" in module._modules), []
+    batch = next(iter(loader_over(rows, tokenizer, 6)))
+    labels = batch["labels"].clamp(min=0)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": labels}
+    layers, hook = dict(whole._modules), whole.lm_head.register_forward_hook(lambda *given: seen.append(given[2].shape))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        if "accelerate" in kind:
+            whole.forward = torch.autocast("cpu", torch.bfloat16)(whole.forward)
+        for chosen in (batch["labels"] >= 0, torch.zeros(labels.shape, dtype=torch.bool)):
+            logits = logits_at(model, chosen, **inputs)
+            torch.testing.assert_close(logits.float(), expected[chosen], rtol=0, atol=0.3 if "acc" in kind else 1e-5)
+    hook.remove()
+    vars(whole).pop("forward", None)
+    counts = [int((batch["labels"] >= 0).sum()), 0]
+    assert 0 < counts[0] < labels.numel() and layers == whole._modules
+    assert seen[1:] == ([expected.shape] * 2 if "acc" in kind else [(count, expected.shape[-1]) for count in counts])
 
 
 @pytest.mark.parametrize("kind", ["model", "lora_model"])
