@@ -94,7 +94,7 @@ def memory_for_batches_of(monkeypatch, size):
     @functools.wraps(forward)
     def limited(self, input_ids=None, **kwargs):
         packed = kwargs.get("packed")  # all rows are one sequence then
-        if self.training and (packed.sources.batch if packed else len(input_ids)) > size:
+        if self.training and (packed.sources.shape[0] if packed else len(input_ids)) > size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.\nGPU 0 has a total of 2 GiB")
         return forward(self, input_ids=input_ids, **kwargs)
 
