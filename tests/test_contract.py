@@ -501,6 +501,7 @@ def test_the_command_does_not_run_code_that_is_pickled(tmp_path, capfd):
     assert not (tmp_path / "ran").exists() and not (folder / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_pickled_weights_on_the_hub(tmp_path):
     base = pickle_weights(copy_demo(tmp_path / "base"))
     with HubStub(models={"some/t5": base}) as hub:

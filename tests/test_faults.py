@@ -126,7 +126,8 @@ def test_memory_that_runs_out_in_an_evaluation_is_named(place, tmp_path, capfd):
     assert re.fullmatch(r"error: out of memory with --eval_batch_size 32: lower it \| --resume .* after step 6\n", err)
 
 
-@pytest.mark.parametrize("script", FULL_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_auto_batch_size_trains_as_if_the_smaller_batch_had_been_given(place, tmp_path, monkeypatch, capfd, script):
     """Batches of 4 fit in the first epoch and no longer in the second: even so everything starts anew."""
     more = ("--batch_size", 2, "--grad_accum_steps", 4)

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from conftest import (
     FOLDER_NAMES,
     FULL,
-    FULL_FIRST,
     LORA,
     PROJECT,
     SCRIPTS,
@@ -356,7 +355,8 @@ DEMO_METHOD = {
 }
 
 
-@pytest.mark.parametrize("script", FULL_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_demo_takes_what_it_said_it_would(script, tmp_path, minilm):
     """As `make demo` starts it, for one epoch."""
     estimated, peak = estimate_and_peak(

@@ -63,6 +63,7 @@ def test_a_run_uploads_its_checkpoint_and_none_of_the_rows(tmp_path, arguments, 
     assert "AutoModelForSeq2SeqLM.from_pretrained('me/tweet-qa')" in card.text
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_is_repeated_by_the_command_shown_or_later(tmp_path, arguments, home):
     """The hub answers at the start and is gone at the end: the run is finished, and one line says how to go on."""
     script, folder = LORA, tmp_path / "run"

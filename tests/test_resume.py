@@ -222,6 +222,7 @@ def test_killed_at_10_random_moments(place, whole, tmp_path, script):
 # ------------------------------------------------------------------------------------------------------ --seeds
 
 
+@pytest.mark.slow
 def test_seeds_run_one_after_the_other_past_those_that_are_finished(place, tmp_path, monkeypatch, capfd):
     script, folder = LORA, tmp_path / "runs"
     argv = arguments(place, script, folder, "--epochs", 1, "--seeds", 1, 2)

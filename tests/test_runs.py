@@ -17,7 +17,6 @@ from conftest import (
     FULL,
     FULL_FIRST,
     LORA,
-    LORA_FIRST,
     PROJECT,
     SCRIPTS,
     TINY,
@@ -175,7 +174,8 @@ def test_the_same_seed_gives_the_same_metrics_and_another_others(runs, script, t
     assert read(tmp_path / "other")[1].splitlines()[1:4] != read(runs[script][1])[1].splitlines()[1:4]
 
 
-@pytest.mark.parametrize("script", LORA_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path):
     """From the folder alone: data, rows, lengths and similarity model are the run's, the base of an adapter is what its
     own config names."""
@@ -326,7 +326,8 @@ def test_without_similarity_and_with_patience(tmp_path, standin, tweet_qa):
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["avg_sem_sim"].isna().all()
 
 
-@pytest.mark.parametrize("script", FULL_FIRST)
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_learns_32_real_rows_by_heart(script, tmp_path, tweet_qa, flan_t5_files):
     """Rows with the longest answers are among them, so an F1 near 1 also shows that no answer is out of reach.
 
