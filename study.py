@@ -237,7 +237,7 @@ def start_logged(line, logs, environment):
     """Start a command line, whose output goes to a folder of logs. environment: variables to set. Returns the Popen."""
     with open(logs / "output.txt", "a", encoding="utf-8") as output:
         print("$", shlex.join(line), file=output, flush=True)
-        # A session of its own: a Ctrl-C in the terminal reaches the study alone, which passes it on once.
+        # A separate session: a Ctrl-C in the terminal reaches the study alone, which passes it on once.
         streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
         return subprocess.Popen(line, env=os.environ | environment, start_new_session=True, **streams)
 

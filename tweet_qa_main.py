@@ -233,7 +233,7 @@ def evaluate_only(args, wrap):
         record = former
         if args.holdout:
             resume.check_were_held_out(args, setup.held_out, former)
-    else:  # a checkpoint of another origin: there is no run to resume
+    else:  # a checkpoint that no run wrote: there is no record yet
         start = run_folder.describe_run(setup, "lora" if hasattr(model, "peft_config") else "full", model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
     record = record | kept(folder, former, setup.probe)

@@ -89,6 +89,9 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
     def without_memory(tensor):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
+    def shapes_of(side):
+        return {n: without_memory(value) for n, value in vars(side).items() if isinstance(value, torch.Tensor)}
+
     rows = packed_rows(model, batch) if device.type == "cpu" else None
     with FakeTensorMode():
         twins = {id(buffer): without_memory(buffer) for buffer in model.buffers()}
@@ -99,9 +102,7 @@ def training_memory(model, batch, device, make_optimizer, *, autocast=nullcontex
             use_gradient_checkpointing(twin, preserve_rng_state=False)  # there is none to preserve
         given = {name: without_memory(batch[name]) for name in ("input_ids", "attention_mask", "labels")}
         if rows is not None:
-            names = ("places", "mask", "to_rows", "to_tokens")
-            sides = [replace(s, **{n: without_memory(getattr(s, n)) for n in names}) for s in vars(rows).values()]
-            rows = Packed(*sides)
+            rows = Packed(*(replace(side, **shapes_of(side)) for side in (rows.sources, rows.targets)))
         weights = list(twin.parameters())
         with LiveBytes(weights + list(twin.buffers())) as live:
             for _ in range(2 if accumulate else 1):

@@ -106,7 +106,7 @@ def find_rows(batch, label_pad, heads):
 
 
 def _rows(real, mask, heads):
-    """The Rows of a batch. real: booleans, (batch, length), where a token is no padding."""
+    """The Rows of a batch. real: booleans, (batch, length), False at the padding. mask: see `Rows`. heads: a count."""
     (batch, length), head = real.shape, torch.arange(heads)
     places = real.flatten().nonzero().squeeze(1)
     filled = (len(places) // MULTIPLE_OF + 1) * MULTIPLE_OF  # at least one token more, which stands for the padding

@@ -319,7 +319,7 @@ def read_run(folder):
     rows for an untrained model. examples: validation_predictions.csv, with the references as lists and NaN for a metric
     that was not measured. Both are DataFrames.
 
-    Raises InputError if there is no run, if it has not finished, or if its files are damaged.
+    Raises InputError for a missing, unfinished or damaged run.
     """
     folder = Path(folder)
     if not folder.is_dir():

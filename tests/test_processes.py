@@ -143,9 +143,7 @@ def test_a_checkpoint_scores_the_same_to_the_last_digit(both, tmp_path, calm_dem
     assert finals[0] == finals[1] and finals[0]["f1"] > 0.1
 
 
-@pytest.mark.parametrize(
-    ("both", "shards"), [(FULL, False), pytest.param(LORA, True, marks=pytest.mark.slow)], indirect=["both"]
-)
+@pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, request, tmp_path, calm_demo):
     script, (two, _), _ = both
     if shards:
@@ -170,7 +168,6 @@ def test_what_was_killed_goes_on_with_as_many_processes_only(both, shards, reque
     assert not (tmp_path / "run" / "last").exists()
 
 
-@pytest.mark.parametrize("both", [FULL], indirect=True)
 @pytest.mark.parametrize("evaluating", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sigterm_stops_all_processes_together_and_the_run_goes_on(both, evaluating, tmp_path, calm_demo):
     """In the first epoch or in its evaluation; the launcher is told, and tells the processes."""
@@ -194,7 +191,6 @@ def test_sigterm_stops_all_processes_together_and_the_run_goes_on(both, evaluati
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("both", [FULL], indirect=True)
 def test_two_machines_do_what_two_processes_do(both, tmp_path, calm_demo):
     """The README's two commands, each "machine" on a loopback address of its own; the first one speaks."""
     script, (two, _), _ = both
