@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.arguments import path_or_id
 from pipeline.compared import (
     check_comparable,
     check_same_rows_held_out,
@@ -295,14 +296,16 @@ def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (--help lists the arguments)\n")
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folder of a finished run, or of its seed_N runs")
-    parser.add_argument("--out", type=Path, default="comparison", help="folder to write to (default: comparison)")
+    parser.add_argument(
+        "runs", nargs="+", type=path_or_id, metavar="RUN_DIR", help="folder of a finished run, or of its seed_N runs"
+    )
+    parser.add_argument("--out", type=path_or_id, default="comparison", help="folder to write to (default: comparison)")
     margin = "say whether the loss is within so many points of F1, which count as none (default: not said)"
     parser.add_argument("--margin_f1", type=margin_f1, metavar="N", help=margin)
     show_any_character()
     args = parser.parse_args(argv)
     try:
-        compare(args.runs, args.out, args.margin_f1)
+        compare(args.runs, Path(args.out), args.margin_f1)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -88,6 +88,7 @@ class Folders:
         self.plan, self.parsers = plan, parsers
         self.records = {}  # {key: run.json} of finished runs
         self.diverged = set()  # keys
+        self.firsts = {}  # {what must be the same: (the first finished run that has it, its value)}
 
     def f1(self, run):
         """The F1 of a run (out of 100), DIVERGED, or None if it has not ended. Raises InputError, see `check_fits`."""
@@ -96,10 +97,24 @@ class Folders:
             if record:
                 check_fits(self.plan, run, record, self.parsers)
             if f1_of(record) is not None:
+                self._check_trained_alike(run, record)
                 self.records[run.key] = record
             elif self.note_of_divergence(run).exists():
                 self.diverged.add(run.key)
         return DIVERGED if run.key in self.diverged else f1_of(self.records.get(run.key))
+
+    def _check_trained_alike(self, run, record):
+        """Raise InputError if a run was trained in more processes than the others, or --precision auto was another one:
+        the plan has the same arguments then, but other steps were made."""
+        identity, typed = record.get("identity") or {}, record["args"].get("precision")
+        for key, name in (("processes", "number of processes"), (f"precision {typed}", "precision")):
+            if name in identity:
+                first, value = self.firsts.setdefault(key, (run, identity[name]))
+                if value != identity[name]:
+                    raise InputError(
+                        f"{self.plan.path}: {first.folder} and {run.folder} were trained with different {name}"
+                        f" ({value} and {identity[name]}): train one of them again"
+                    )
 
     def logs(self, run):
         """The folder with what a run has printed."""

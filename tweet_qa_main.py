@@ -192,7 +192,7 @@ def train_and_evaluate(args, wrap, started):
         end = {
             "finished": True,
             "wall_time_seconds": round(time.perf_counter() - started, 2),
-            "peak_ram_mb": run_folder.peak_ram_mb(),
+            "peak_ram_mb": max(training["peak_ram_mb"], run_folder.peak_ram_mb() or 0) or None,
             "checkpoint_bytes": checkpoint.checkpoint_bytes(folder),
         }
         record = run_folder.run_record(start, training=training, results=results, end=end)
@@ -250,7 +250,7 @@ def evaluate_only(args, wrap):
         with interrupts.deferred():
             if args.push_to_hub and record["best_epoch"]:
                 publish.write_model_card(folder, record)
-            run_folder.write_run_json(folder, record)
+            run_folder.write_scored(folder, record, setup.loaders)
     publish.upload(setup)
 
 
@@ -343,7 +343,7 @@ def train(setup, model, plan, *, start, started, saved=None):
             say(f"report: {where}")
 
         def save():
-            state.wall_seconds = time.perf_counter() - started
+            state.note_cost(time.perf_counter() - started)
             loop = {"state": vars(state), "schedule": prepared.schedule.state_dict()}
             resume.save_last(folder, accelerator, loop, prepared.model, prepared.optimizer)
 
@@ -359,7 +359,7 @@ def train(setup, model, plan, *, start, started, saved=None):
             interrupts.check(accelerator)
     if out_of_patience():
         say(f"stopped: F1 has not improved on epoch {state.best_epoch} for {args.patience} epochs")
-    return known | state.progress()
+    return known | state.progress() | {"peak_ram_mb": state.peak_ram_mb}
 
 
 def prepare(setup, model, plan):

@@ -15,8 +15,9 @@ def breakdown(frame):
     """The scores of slices of the examples.
 
     frame: a frame of `evaluate`. Returns a DataFrame with one row per slice: feature, value, count, the mean of each
-    metric, for em and f1 with the bounds of the 95 % interval (em_low, em_high, ...). The slice with the worst F1 comes
-    first; slices of fewer than WELL_POPULATED examples come after all others, in the same order.
+    metric, for em and f1 with the bounds of the 95 % interval (em_low, em_high, ...), NaN where all examples have the
+    same score. The slice with the worst F1 comes first; slices of fewer than WELL_POPULATED examples come after all
+    others, in the same order.
     """
     import pandas as pd
 

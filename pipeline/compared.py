@@ -21,6 +21,9 @@ MB = 2**20  # bytes, as in the run folder's own figures
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "base": "untrained model"}
 EXAMPLE = ["qid", "question", "tweet", "references"]  # the columns that do not depend on a model
 TOLD = ("lora_r", "target_modules", "lr")  # the arguments that a sentence on an adapter always names
+# What a run was trained with whatever was typed: the same command makes steps of more rows in more processes, and
+# --precision auto depends on the device. {name: its name in run.json's "identity"}
+RESOLVED = {"precision": "precision", "processes": "number of processes"}
 SPLITS = {"holdout": "held-out", "test": "test", "validation": "validation"}  # {split: how a text calls its rows}
 
 
@@ -52,18 +55,23 @@ class Run:
         return arguments | {"prompt": self.record["prompt"].replace("\n", "\\n")}
 
     def typed(self, name):
-        """The value of an argument as one types it, or "-"; of the optimizer its class."""
-        if name == "optimizer":
+        """The value of an argument as one types it, or "-"; of the optimizer its class, and what is RESOLVED."""
+        if name == "optimizer" and name in self.content:
             return self.record["optimizer"]["class"]
-        return as_typed(self.arguments.get(name, "-"))
+        typed = as_typed(self.arguments.get(name, "-"))
+        used = self.content.get(name, typed) if name in RESOLVED else typed
+        return used if typed in (used, "-") else f"{typed} ({used})"
 
     @property
     def content(self):
-        """{argument: hash} of what each path or hub id holds, and the optimizer, as far as they are recorded."""
-        weights = self.record.get("identity", {}).get("weights (--model_name)")
-        content = ({"model_name": weights} if weights else {}) | self.record.get("content", {})
-        optimizer = self.record.get("optimizer")
-        return content | ({"optimizer": json.dumps(optimizer, sort_keys=True)} if optimizer else {})
+        """{name: text} of what the arguments were for this run, as far as it is recorded: the hash of what each path or
+        hub id holds and, of a trained one, the optimizer and RESOLVED."""
+        identity, optimizer = self.record.get("identity") or {}, self.record.get("optimizer")
+        weights = identity.get("weights (--model_name)")
+        content = ({"model_name": weights} if weights else {}) | (self.record.get("content") or {})
+        content |= {"optimizer": json.dumps(optimizer, sort_keys=True)} if optimizer else {}
+        resolved = {name: str(identity[key]) for name, key in RESOLVED.items() if key in identity}
+        return content | {name: "fp32" if value == "no" else value for name, value in resolved.items()}
 
     @property
     def model(self):
@@ -200,7 +208,7 @@ def make_rows(runs):
     """The rows of the table, in the order of their first runs. Raises InputError for a run that is given twice."""
     groups, known = {}, known_content(runs)
     for run in runs:
-        key = run.arguments | {name: run.content[name] for name in known}
+        key = run.arguments | {name: run.content.get(name) for name in known}
         group = groups.setdefault(json.dumps([run.record["method"], key], sort_keys=True), [])
         for other in group:
             if other.seed == run.seed:
@@ -228,7 +236,8 @@ def differing(runs):
     names = dict.fromkeys(name for run in runs for name in run.arguments)
     # An untrained model has no arguments of training, in which others could differ from it.
     values = {name: [run.typed(name) for run in runs if run.trained or name in run.arguments] for name in names}
-    values |= {name: [run.content[name] for run in runs] for name in known_content(runs)}
+    known = {name: [run.content[name] for run in runs if name in run.content] for name in known_content(runs)}
+    values |= known
     differ = {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
     if {"optim", "weight_decay"} & set(differ):
         differ.pop("optimizer", None)  # its class and settings differ because these flags do
@@ -236,8 +245,15 @@ def differing(runs):
 
 
 def known_content(runs):
-    """The arguments whose content all runs recorded: a model or a data set can have moved between two runs."""
-    return sorted(set.intersection(*(set(run.content) for run in runs)))
+    """The names of `Run.content` that all runs recorded; an untrained model has no optimizer and nothing RESOLVED.
+
+    A model or a data set can have moved between two runs, and older versions did not record everything.
+    """
+    of_training = {"optimizer", *RESOLVED}
+    names = {name for run in runs for name in run.content}
+    return sorted(
+        name for name in names if all(name in run.content for run in runs if run.trained or name not in of_training)
+    )
 
 
 # -------------------------------------------------------------------------------------- the rows that measure them
@@ -289,7 +305,7 @@ def rows_that_measure(runs):
             else:
                 return Measured(split, [tweet_key(tweet) for tweet in frames[0]["tweet"]], why_not)
         else:
-            problem = f"{without[0]} has none" if any(run.record.get("holdout") for run in runs) else ""
+            problem = f"{without[0]} was not scored on any" if any(run.record.get("holdout") for run in runs) else ""
         why_not = problem if split == "holdout" else why_not
     return Measured("validation", [tweet_key(tweet) for tweet in runs[0].examples["validation"]["tweet"]], why_not)
 

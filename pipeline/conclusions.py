@@ -104,7 +104,9 @@ def _cost(pair):
     ours, theirs, result = pair.ours.described, pair.theirs.label, pair.differences["f1"]
     our_f1, their_f1 = (_mean(row, pair.measured) for row in (pair.ours, pair.theirs))
     if result.mean == 0 == result.standard_error:
-        return [f"{ours} and {theirs} have the same F1 on every row, {points(our_f1)} on average ({result.covers})."]
+        apart = [row.scores(pair.measured.split).mean(0) for row in (pair.ours, pair.theirs)]
+        each = "row" if np.allclose(*apart) else "tweet"
+        return [f"{ours} and {theirs} have the same F1 on every {each}, {points(our_f1)} on average ({result.covers})."]
     if pair.shown and result.mean > 0:
         return [
             f"{ours} is better than {theirs}, {points(our_f1)} against {points(their_f1)} F1: by {points(result.mean)}"

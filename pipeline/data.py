@@ -180,11 +180,18 @@ def hold_out(rows, count, seed, taken=frozenset()):
     count: how many rows; a few less are chosen if whole tweets do not add up to it. seed: random seed of the choice.
     taken: tweet keys that must not be chosen, such as those of the split that selects the checkpoint.
 
-    Returns the positions of the chosen rows in increasing order. Raises InputError if no training row would be left.
+    Returns the positions of the chosen rows in increasing order. Raises InputError if no training row would be left, or
+    if fewer rows than `count` may be chosen.
     """
     groups = {}
     for position, row in enumerate(rows):
         groups.setdefault(tweet_key(row["Tweet"]), []).append(position)
+    free = sum(len(group) for key, group in groups.items() if key not in taken)
+    if free < count < len(rows):
+        raise InputError(
+            f"--holdout {count}: the tweets of only {free} of {len(rows)} training rows are not in validation too; give"
+            " fewer"
+        )
     chosen = []
     for key in random.Random(seed).sample(sorted(groups), len(groups)):
         if key not in taken and len(chosen) + len(groups[key]) <= count:

@@ -4,6 +4,7 @@ The file is checked against the parsers of the training scripts, so that a plan 
 these scripts take. Nothing is run or written here.
 """
 
+import argparse
 import difflib
 import hashlib
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from pipeline.arguments import DEFAULT_MODEL, FIXED_IN_A_RUN, ROLES, Role, as_typed, with_defaults
+from pipeline.arguments import DEFAULT_MODEL, FIXED_IN_A_RUN, ROLES, Role, as_typed, path_or_id, with_defaults
 from pipeline.errors import InputError, reason
 
 FULL, LORA = "tweet_qa_main.py", "tweet_qa_main_lora.py"
@@ -51,6 +52,7 @@ class Method:
     arguments: dict  # {name: value} as in the plan, without lr
     axes: dict  # {name: value} of its axes
     rates: tuple  # learning rates to try, ascending; (): the script's default
+    meant: dict  # {name: value} of every argument, as the script parses these
 
     @property
     def label(self):
@@ -122,6 +124,10 @@ def _plan(path, content, parsers):
     folder, seeds, margin = (content.get(name) for name in ("dir", "seeds", "margin_f1"))
     if not isinstance(folder, str) or not folder.strip():
         raise _Wrong(f"dir: must be the name of a folder, as text, {_not(folder)}")
+    try:
+        path_or_id(folder)
+    except argparse.ArgumentTypeError as error:
+        raise _Wrong(f"dir: {error}") from None
     whole = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise _Wrong(f"seeds: must be a list of different whole numbers of at least 0, {_not(seeds)}")
@@ -135,7 +141,7 @@ def _plan(path, content, parsers):
         raise _Wrong(f"method: must be one or more tables [[method]], {_not(given)}")
     _check_names(given)
     methods = [method for number, each in enumerate(given, 1) for method in _methods(number, each, common, parsers)]
-    _check_differ(methods, parsers)
+    _check_differ(methods)
     plan = {"path": path, "folder": Path(folder), "seeds": tuple(seeds), "margin_f1": float(margin)}
     axes = tuple(dict.fromkeys(name for method in methods for name in method.axes))
     return Plan(**plan, methods=tuple(methods), bases=_bases(Path(folder), methods, parsers), axes=axes)
@@ -154,7 +160,8 @@ def _methods(number, table, common, parsers):
     if script not in parsers:
         raise _Wrong(f"{where}script: unknown training script {script}; choose {' or '.join(parsers)}")
     own = {key: value for key, value in table.items() if key not in ("name", "script")}
-    values, axes = _values(where, own, common, script, parsers[script])
+    parser = parsers[script]
+    values, axes = _values(where, own, common, script, parser)
     rates = sorted(values.pop("lr", []))
     for lower, higher in zip(rates, rates[1:], strict=False):
         if higher < 1.01 * lower:
@@ -172,9 +179,15 @@ def _methods(number, table, common, parsers):
                 arguments=arguments,
                 axes=chosen,
                 rates=tuple(rates),
+                meant={"model_name": DEFAULT_MODEL} | _meant(parser, arguments),
             )
         )
     return methods
+
+
+def _meant(parser, arguments):
+    """{name: value} of every argument that has one, typed or by default."""
+    return {name: value for name, value in vars(parse(parser, words(arguments))).items() if value is not None}
 
 
 def _values(where, own, common, script, parser):
@@ -276,7 +289,7 @@ def _check_names(tables):
             raise _Wrong(f'method "{name}": name: another method is called "{other}": rename one of them')
 
 
-def _check_differ(methods, parsers):
+def _check_differ(methods):
     """Raise _Wrong if two methods have one folder, or the same arguments apart from the learning rate."""
     keys, meant = {}, {}
     for method in methods:
@@ -284,8 +297,7 @@ def _check_differ(methods, parsers):
         if method.key in keys:
             raise _Wrong(f"{where}two values of an axis make one folder, {method.key}: change one of them")
         keys[method.key] = method
-        parsed = vars(parse(parsers[method.script], words(method.arguments)))
-        same = str((method.script, sorted((name, value) for name, value in parsed.items() if name != "lr")))
+        same = str((method.script, sorted((name, value) for name, value in method.meant.items() if name != "lr")))
         if same in meant:
             other = meant[same].title
             raise _Wrong(f'{where}has the same arguments as "{other}": leave one out, or put all lr into one list')
@@ -294,11 +306,14 @@ def _check_differ(methods, parsers):
 
 def _bases(folder, methods, parsers):
     """The Runs that score the untrained model: one for each set of model, data and scoring that the methods have."""
-    found = {}
+
+    def of_untrained(arguments):
+        return {name: value for name, value in arguments.items() if _matters_untrained(name, parsers)}
+
+    found = {}  # {what is meant: as the plan types it}: a default that is written out is the same
     for method in methods:
-        given = {"model_name": DEFAULT_MODEL} | method.arguments
-        plain = {name: value for name, value in given.items() if _matters_untrained(name, parsers)}
-        found.setdefault(str(sorted(plain.items(), key=str)), plain)
+        typed = of_untrained({"model_name": DEFAULT_MODEL} | method.arguments)
+        found.setdefault(str(sorted(of_untrained(method.meant).items())), typed)
     sets = list(found.values())
     differing = list(dict.fromkeys(name for each in sets for name in each))
     differing = [name for name in differing if len({as_typed(each.get(name)) for each in sets}) > 1]
@@ -370,6 +385,24 @@ def check_fits(plan, run, record, parsers):
             f"{plan.path}: {run.folder} was started with {name} {as_typed(before)}, and the plan has"
             f" {as_typed(value)}: restore it, choose another dir, or remove that folder"
         )
+    _check_scored_so(plan, run, record, vars(given))
+
+
+def _check_scored_so(plan, run, record, given):
+    """Raise InputError if the scores of a trained run are of an --eval_only with other arguments than the plan's:
+    rates would be compared by scores that mean different things. given: {name: value} of the plan's arguments."""
+    last = record.get("eval_only")
+    if not last or run.method == BASE:
+        return
+    for name, value in given.items():
+        scored = last.get(name, value)
+        known = [(part.get("content") or {}).get(name) for part in (record, last)]
+        same = known[0] == known[1] if all(known) else scored == value  # model and data can have moved
+        if ROLES[name] & (Role.SCORING | Role.MEASURE) and not ROLES[name] & Role.SEED and not same:
+            raise InputError(
+                f"{plan.path}: {run.folder} was scored again (--eval_only) with {name} {as_typed(scored)}, and the plan"
+                f" has {as_typed(value)}: score it again as the plan has it, or remove that folder"
+            )
 
 
 def _check_probe(plan, run, record):

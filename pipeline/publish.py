@@ -39,7 +39,7 @@ def write_model_card(folder, run):
     if not is_local(args["dataset"]):
         data.datasets = [args["dataset"]]
     scored = run.get("eval_only") or args
-    held_out = run.get("holdout")
+    held_out = (run.get("holdout") or {}).get("metrics")
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -47,7 +47,7 @@ def write_model_card(folder, run):
         scored=scored,
         name=scored.get("push_to_hub") or Path(scored["save_dir"]).name,
         final=printed(run["final"]) if run["final"] else None,
-        held_out=printed(held_out["metrics"]) if held_out else None,
+        held_out=printed(held_out) if held_out else None,
         arguments={name: as_typed(value) for name, value in args.items()},
     )
     with writing(path) as beside:

@@ -23,6 +23,7 @@ from pipeline.run_folder import (
     check_is_free,
     check_outlives_overwriting,
     is_finished,
+    peak_ram_mb,
     read_run_json,
     remove_last,
     writing_folder,
@@ -47,6 +48,12 @@ class LoopState:
     epoch_tokens: list = field(default_factory=list)  # target tokens of each step of the current epoch
     epoch_seconds: float = 0.0  # the current epoch has taken so far
     wall_seconds: float = 0.0  # the run has taken so far
+    peak_ram_mb: float = 0.0  # of the processes that have made it so far; 0.0 on systems that do not tell
+
+    def note_cost(self, wall_seconds):
+        """Note what the run has taken so far: seconds, and this process's memory if a former one did not take more."""
+        self.wall_seconds = wall_seconds
+        self.peak_ram_mb = max(self.peak_ram_mb, peak_ram_mb() or 0.0)
 
     def progress(self):
         """What run.json says of the training so far; there is at least one finished epoch."""
@@ -275,7 +282,8 @@ def check_can_resume(folder, method, args):
         f"--{name} {as_typed(value)} (was {as_typed(before[name])})"
         for name, value in args.items()
         if name in before and before[name] != value
-        if not may_differ_on_resume(name) or (name == "sem_model" and SIMILARITY not in run.get("identity", {}))
+        if not may_differ_on_resume(name)
+        or (name == "sem_model" and (value == "none" or SIMILARITY not in run.get("identity", {})))
     ]
     if differing:
         raise InputError(

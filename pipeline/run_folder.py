@@ -103,11 +103,15 @@ def check_outlives_overwriting(folder, inputs):
 
 
 def begin(folder, record):
-    """Start a new run in `folder`: remove the files of a former run, and nothing else, and write run.json."""
+    """Start a new run in `folder`: write run.json, and remove the files of a former run and nothing else.
+
+    A former run.json must not outlive its files: it would say that a run has finished there.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_last(folder)
+        write_run_json(folder, record)
         for name in RUN_FILES:
             (folder / name).unlink(missing_ok=True)
         for name in TRACKER_FOLDERS:
@@ -115,7 +119,6 @@ def begin(folder, record):
                 shutil.rmtree(folder / name)
     except OSError as error:
         raise cannot_write(folder, error) from None
-    write_run_json(folder, record)
 
 
 def remove_last(folder):
@@ -224,9 +227,14 @@ def describe_run(setup, method, model, prompt):
 def run_record(start, *, training=None, results=None, end=None):
     """The content of run.json; what is not known yet is None.
 
-    start: from `describe_run`, or a whole record whose results are replaced. training: {name: value} known since the
-    training began. results: {"final": metrics, ...} of the final evaluation. end: {name: value} known at the end.
+    start: from `describe_run`, or a whole record whose results are replaced, also those of rows that are not scored
+    again. training: {name: value} known since the training began. results: {"final": metrics, ...} of the final
+    evaluation. end: {name: value} known at the end.
     """
+    if results:
+        start = {name: value for name, value in start.items() if name != "test"}
+        if start.get("holdout"):
+            start["holdout"] = {"rows": start["holdout"].get("rows")}  # which rows are unseen stays known
     unknown = ("best_epoch", "final", "answers_per_second", "wall_time_seconds")
     unknown += ("estimated_peak_mb", "peak_ram_mb", "peak_vram_mb")
     later = {"finished": False, **dict.fromkeys((*unknown, "checkpoint_bytes"))}
@@ -236,6 +244,18 @@ def run_record(start, *, training=None, results=None, end=None):
 def write_run_json(folder, record):
     """Write run.json, see `run_record`."""
     write_json(Path(folder, "run.json"), record)
+
+
+def write_scored(folder, record, roles):
+    """Write the run.json of a run that was scored again, and remove the files of rows that were not.
+
+    record: see `run_record`. roles: of the rows that were scored or answered.
+    """
+    write_run_json(folder, record)
+    unscored = [role for role in ("holdout", "test") if not _scores_of(record, role)]
+    names = [f"{role}_predictions.csv" for role in unscored] + ([] if "test" in roles else ["test_answers.json"])
+    for name in names:
+        Path(folder, name).unlink(missing_ok=True)
 
 
 def write_json(path, record):
@@ -250,12 +270,27 @@ def read_run_json(folder):
     if not path.exists():
         return None
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(run["args"], dict) or not isinstance(run["method"], str):
+        run = {"prompt": FIRST_PROMPT} | json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(run[name], str) for name in ("method", "prompt")) or not isinstance(run["args"], dict):
             raise ValueError("not the record of a run")
-        return {"prompt": FIRST_PROMPT} | run
+        _check_parts(run)
+        return run
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)})") from None
+
+
+def _check_parts(run):
+    """Raise ValueError if a part of run.json that has parts itself, and that not every run has, is something else."""
+    for name in ("content", "identity", "optimizer", "eval_only", "final", "holdout", "test", "probe"):
+        if not isinstance(run.get(name) or {}, dict):
+            raise ValueError(f"{name} is not an object")
+    named = (run.get("content") or {}) | (run.get("identity") or {})
+    named |= {"class": run["optimizer"]["class"]} if run.get("optimizer") else {}
+    for name, value in named.items():
+        if not isinstance(value, str | int):
+            raise ValueError(f"{name} is neither text nor a number")
+    if not isinstance((run.get("holdout") or {}).get("metrics") or {}, dict):
+        raise ValueError("holdout.metrics is not an object")
 
 
 def is_finished(run):
@@ -342,9 +377,8 @@ def read_scored(folder, record, split):
 
     None if the run has no such rows, or no answers to compare with. Raises InputError if the file is damaged.
     """
-    path = Path(folder, f"{split}_predictions.csv")
-    scores = (record.get("holdout") or {}).get("metrics") if split == "holdout" else record.get("test")
-    if not isinstance(scores, dict) or not path.exists():
+    path, scores = Path(folder, f"{split}_predictions.csv"), _scores_of(record, split)
+    if not scores or not path.exists():
         return None
     where = "test" if split == "test" else "holdout.metrics"
     for metric in EACH_EPOCH:
@@ -353,6 +387,11 @@ def read_scored(folder, record, split):
             must = f"must be a number, not {json.dumps(value):.80}"
             raise InputError(f"{Path(folder, 'run.json')}: {where}.{metric.name} {must}")
     return _read_examples(path, scores)
+
+
+def _scores_of(record, split):
+    """The metrics of a run's "holdout" or "test" rows; None or {} if there are none, or they were not scored."""
+    return (record.get("holdout") or {}).get("metrics") if split == "holdout" else record.get("test")
 
 
 def _read_examples(path, means):
@@ -400,7 +439,8 @@ def _check_record(folder, record):
     unfinished = record.get("wall_time_seconds") is None and not untrained
     if unfinished or record.get("final") is None or (folder / "last").exists():
         raise InputError(f"{folder} has a run that is not finished: let it finish first, or leave it out")
-    held_out = ["holdout.metrics.f1"] if record.get("holdout") else []
+    # An --eval_only with --holdout 0 has left them out.
+    held_out = ["holdout.metrics.f1"] if record.get("holdout") and record["scoring"].get("holdout", True) else []
     for names, wanted, is_right in (
         (TEXTS, "text", lambda value: isinstance(value, str)),
         (
@@ -420,7 +460,10 @@ def _check_record(folder, record):
                 raise InputError(f"{folder / 'run.json'}: {name} must be {wanted}, not {json.dumps(value):.80}")
     if record["method"] not in ("full", "lora", "base"):
         raise InputError(f"{folder / 'run.json'}: method must be full, lora or base, not {record['method']!r:.80}")
+    if not _is_number(record.get("epochs", 1)):
+        raise InputError(f"{folder / 'run.json'}: epochs must be a number, not {json.dumps(record['epochs']):.80}")
     record["final"] = {metric.name: record["final"].get(metric.name) for metric in METRICS}  # null if missing
+    record |= {name: record.get(name) for name in NUMBERS_OR_NULL if "." not in name}
 
 
 def _is_number(value):

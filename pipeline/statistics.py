@@ -21,13 +21,14 @@ def interval(values, resamples=RESAMPLES):
     To compare two methods, give each example's difference, so that both are resampled on the same examples: the paired
     bootstrap (Koehn, 2004, https://aclanthology.org/W04-3250). The bounds are percentiles of the resampled means
     (Efron, 1979, https://doi.org/10.1214/aos/1176344552). BCa, scipy's default, corrects a bias and a skew that a mean
-    over hundreds of examples hardly has, and is undefined if all values are equal.
+    over hundreds of examples hardly has. If all values are equal, both bounds are NaN: resampling them says nothing
+    about other examples.
     """
     from scipy import stats
 
     values = np.asarray(values, float)
     if np.ptp(values) == 0:
-        return values[0], values[0]
+        return math.nan, math.nan
     bounds = stats.bootstrap(
         (values,),
         np.mean,
@@ -171,7 +172,8 @@ def difference(ours, theirs, clusters, ours_trained=True, theirs_trained=True):
     The variance is the two-way cluster-robust one (Cameron, Gelbach and Miller, 2011,
     https://doi.org/10.1198/jbes.2010.07136): that of the paired differences with tweets as clusters (Liang and Zeger,
     1986, https://doi.org/10.1093/biomet/73.1.13; times G / (G - 1) for G tweets), plus that of each method's seed means
-    over its number of seeds, less that of the noise of seed and tweet together, which is in both. The interval is
+    over its number of seeds, less that of the noise of seed and tweet together, which is in both; if that leaves
+    nothing, the noise is not subtracted. The interval is
     Student's with Satterthwaite's degrees of freedom. Rows that are all independent and one seed make it the paired
     t test, rows that are all alike make it Welch's t test of the seed means. `benchmarks/coverage.py` compares its
     coverage with other intervals'.
@@ -285,13 +287,16 @@ def _estimate(methods, clusters):
         for scores in seeds:
             apart = scores - scores.mean(0)
             noise += _clustered(apart, codes).sum() / (len(scores) - 1) / len(scores)
-    means = [scores.mean(1) for scores in seeds]
-    mean = float(rows.mean())
+    means, mean = [scores.mean(1) for scores in seeds], float(rows.mean())
+    between = tuple(Seeds(unless_rounding(each.var(ddof=1) if len(each) > 1 else 0), len(each)) for each in means)
+    # Two seeds of each method can have equal means by chance. With the noise subtracted, nothing may be left, and the
+    # interval of methods that differ from row to row would have no width.
+    left = unless_rounding(tweets - noise)
     return Estimate(
         mean=mean if abs(mean) > rounding else 0.0,
-        tweets=unless_rounding(tweets - noise),
+        tweets=left if left or any(each.variance for each in between) else unless_rounding(tweets),
         tweet_count=len(number),
-        seeds=tuple(Seeds(unless_rounding(each.var(ddof=1) if len(each) > 1 else 0), len(each)) for each in means),
+        seeds=between,
     )
 
 

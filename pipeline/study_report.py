@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
 
-from pipeline.arguments import DEFAULT_MODEL, ROLES, Role, as_typed
+from pipeline.arguments import ROLES, Role, as_typed
 from pipeline.compared import Measured, Row, check_comparable, read, rows_that_measure
 from pipeline.comparison_figures import draw_axis, draw_forgetting, draw_minutes, draw_parameters, draw_rates
 from pipeline.conclusions import base_of, compare_rows, estimate, interval_text, notes, sentences
@@ -149,20 +149,20 @@ def find_groups(plan, entries, bases):
 
 
 def _rows_of(entry):
-    """{name: value} of a method's arguments that say which rows it is trained and scored on, and how."""
+    """{name: value} of a method's arguments, typed or by default, that say which rows it is trained and scored on, and
+    how."""
     apart = Role.ROWS | Role.MEASURE
     names = ("dataset", "max_eval_samples")
-    given = entry.tuning.method.arguments
+    given = entry.tuning.method.meant
     return {name: value for name, value in given.items() if ROLES[name] & apart or name in names}
 
 
 def _base_of(plan, method):
     """The Run of the plan that scores the untrained model of a method, or None: the one with most of its arguments."""
-    given = {"model_name": DEFAULT_MODEL} | method.arguments
     own = [
         run
         for run in plan.bases
-        if all(given.get(name) == value for name, value in run.arguments.items() if name != "eval_only")
+        if all(method.meant.get(name) == value for name, value in run.arguments.items() if name != "eval_only")
     ]
     return max(own, key=lambda run: len(run.arguments), default=None)
 

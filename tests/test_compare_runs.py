@@ -18,6 +18,7 @@ from scipy import stats
 
 import compare_runs
 from pipeline.markdown import points, signed
+from pipeline.run_folder import read_run_json, run_record, write_scored
 from pipeline.statistics import costs_at_most, difference, mean_interval
 from pipeline.text import tweet_key
 
@@ -132,6 +133,28 @@ def test_seeds_are_one_row_with_mean_and_standard_deviation(tmp_path, capsys):
     assert f"{wrong:.5g} ({wrong / 0.4:.1f} %) |\n" in text and "mean of 3 pairs of runs" in text
 
 
+def test_runs_of_other_steps_or_precision_are_no_seeds_of_one_method(tmp_path, capsys):
+    """The same arguments make steps of four times the rows in four processes, and `auto` is bf16 on some devices."""
+
+    def trained(name, method, seed, processes, used):
+        record = {"identity": {"precision": used, "number of processes": processes}, "optimizer": {"class": "AdamW"}}
+        return write_run(tmp_path / name, method, seed, precision="auto", record=record)
+
+    one, four = trained("one", "full", 0, 1, "no"), trained("four", "full", 1, 4, "bf16")
+    lora, base = trained("lora", "lora", 0, 1, "no"), write_run(tmp_path / "base", "base", precision="auto")
+    for others in ([], [base]):
+        assert compare(one, four, lora, *others, out=tmp_path / "out") == 0
+        methods = pd.read_csv(tmp_path / "out" / "comparison.csv")["method"].tolist()
+        assert methods[:2] == [
+            f"full fine-tuning (precision auto ({used}), processes {processes})"
+            for used, processes in (("fp32", 1), ("bf16", 4))
+        ]
+        assert "| --processes | 1 | 4 | 1 |" in (tmp_path / "out" / "comparison.md").read_text()
+    same = trained("same", "full", 2, 1, "no")
+    assert compare(one, same, lora, base, out=tmp_path / "out") == 0
+    assert pd.read_csv(tmp_path / "out" / "comparison.csv")["runs"].tolist() == [2, 1, 1]
+
+
 def test_runs_without_a_common_seed_are_compared_each_with_each(tmp_path):
     runs = [write_run(tmp_path / f"full_{seed}", seed=seed) for seed in (0, 1)]
     runs += [write_run(tmp_path / "lora", "lora", seed=2)]
@@ -195,7 +218,7 @@ def test_without_the_same_held_out_rows_the_next_best_rows_are_used(tmp_path, ca
     untrained = write_run(tmp_path / "base", "base", test=HELD / 4)
     assert compare(full, lora, untrained, out=out) == 0
     said = capsys.readouterr().out
-    assert "Measured on 30 test rows (15 tweets)" in said and f"not used: {untrained} has none." in said
+    assert "Measured on 30 test rows (15 tweets)" in said and f"not used: {untrained} was not scored on any." in said
     assert compare(full, lora, write_run(tmp_path / "other", "base"), out=out) == 0
     assert (
         "Measured on 40 validation rows (40 tweets). These rows also chose each run's epoch" in capsys.readouterr().out
@@ -277,6 +300,22 @@ def test_the_scoring_of_a_later_eval_only_counts(tmp_path, capsys):
     assert compare(full, lora, out=tmp_path / "out") == 0
     again = write_run(tmp_path / "again", "lora", record={"eval_only": arguments | {"final_beams": 1}})
     assert "--final_beams 5 and 1" in refusal(capsys, full, again, out=tmp_path / "none")
+
+
+def test_scoring_again_without_some_rows_leaves_no_old_scores_of_them(tmp_path, capsys):
+    """As after --eval_only --holdout 0 --final_beams 1, on data without a test split: the old scores had 5 beams."""
+    full, lora = (write_run(tmp_path / name, name, held_out=HELD, test=HELD) for name in ("full", "lora"))
+    for folder in (full, lora):
+        before = read_run_json(folder)
+        scored = {"eval_only": before["args"] | {"final_beams": 1, "holdout": 0}}
+        record = run_record(before, results={"final": before["final"]}, end=scored)
+        write_scored(folder, record, roles=["train", "validation"])
+        assert record["holdout"] == {"rows": before["holdout"]["rows"]} and "test" not in record
+        assert not [*folder.glob("holdout_*"), *folder.glob("test_*")]
+    assert compare(full, lora, out=tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "Measured on 40 validation rows" in said and f"not used: {full} was not scored on any." in said
+    assert "held-out" not in pd.read_csv(tmp_path / "out" / "comparison.csv").columns
 
 
 def test_the_telling_examples_show_every_direction_and_read_as_they_are(tmp_path):
@@ -428,6 +467,12 @@ def test_what_is_no_two_runs_is_refused(two, tmp_path, capsys):
     copy = shutil.copytree(two[0], tmp_path / "copy")
     assert "same method, arguments and seed" in refusal(capsys, two[0], two[1], copy, out=out)
     assert "this folder does not exist" in refusal(capsys, two[0], tmp_path / "nothing", out=out)
+    for path in ("x" * 300, "a\0b"):
+        with pytest.raises(SystemExit) as end:
+            compare_runs.main([path, str(two[0])])
+        assert end.value.code == 2 and re.fullmatch(
+            r"error: argument RUN_DIR: cannot be used.*\n", capsys.readouterr().err
+        )
     (tmp_path / "file").write_text("x")
     assert "this folder does not exist" in refusal(capsys, two[0], tmp_path / "file", out=out)
     readme = re.search(r"^python compare_runs.py (.+)$", (PROJECT / "README.md").read_text(), flags=re.MULTILINE)
@@ -474,8 +519,19 @@ MALFORMED = {
     "NaN in final": (change_record(final__f1=math.nan), "final.f1 must be a number, not NaN"),
     "infinity in final": (change_record(final__bleu1=math.inf), "final.bleu1 must be a number or null, not Infinity"),
     "no EM in final": (change_record(final={"f1": 0.5}), "final.em must be a number, not null"),
-    "final of another type": (change_record(final=3), "final.f1 must be a number, not null"),
-    "held out without metrics": (change_record(holdout={"rows": [1]}), "holdout.metrics.f1 must be a number, not null"),
+    "final of another type": (change_record(final=3), "run.json cannot be read (ValueError: final is not an object)"),
+    "held out without metrics": (
+        change_record(holdout={"rows": [1]}, args__holdout=1),
+        "holdout.metrics.f1 must be a number, not null",
+    ),
+    "held out of another type": (change_record(holdout={"metrics": [1]}), "holdout.metrics is not an object"),
+    "content of another type": (change_record(content=[1]), "content is not an object"),
+    "a hash of another type": (change_record(content={"model_name": ["a"]}), "model_name is neither text nor a number"),
+    "identity of another type": (change_record(identity="a"), "identity is not an object"),
+    "an optimizer without a name": (change_record(optimizer={"groups": []}), "run.json cannot be read (KeyError"),
+    "test of another type": (change_record(test=[0.5]), "test is not an object"),
+    "a prompt of another type": (change_record(prompt=None), "run.json cannot be read"),
+    "a number of epochs of another type": (change_record(epochs="3"), 'epochs must be a number, not "3"'),
     "no parameters": (change_record(trainable_parameters=0), "trainable_parameters must be a number above 0, not 0"),
     "no checkpoint": (change_record(checkpoint_bytes=None), "checkpoint_bytes must be a number above 0, not null"),
     "predictions cut in a row": (change_table(EXAMPLES, lambda text: cut(text, 12)), "is truncated or was changed"),

@@ -43,10 +43,10 @@ def test_the_interval_is_scipys_paired_bootstrap_and_agrees_with_brute_force(cou
     assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.2 * error + 1 / count**2)
 
 
-def test_the_interval_of_a_constant_is_that_constant():
-    assert interval([0.0] * 30) == (0, 0)
-    assert interval([2.5] * 30) == (2.5, 2.5)
-    assert interval([2.5]) == (2.5, 2.5)  # a kind of question with a single example
+def test_equal_scores_have_no_interval():
+    """Five wrong answers do not show that all others would be wrong."""
+    for values in ([0.0] * 5, [2.5] * 30, [2.5]):
+        assert np.isnan(interval(values)).all()
 
 
 def test_the_interval_covers_the_true_mean_as_often_as_it_says():
@@ -133,6 +133,13 @@ def test_the_first_sentence_says_what_the_interval_says(change, parameters, firs
     assert re.match(second or "With one seed", lines[1]), lines
     if parameters < 100_000:  # whichever is given first, the smaller one is spoken of
         assert lines == said(*rows[::-1])
+
+
+def test_methods_that_tie_on_each_tweet_are_not_said_to_tie_on_each_row():
+    """Of each tweet's two rows, each method gets another one right."""
+    rows = make_row("full", np.tile([100.0, 0], 20), 100_000), make_row("LoRA", np.tile([0.0, 100], 20), 400)
+    [pair] = compare_rows([in_order(*rows)], [Measured("holdout", [number // 2 for number in range(40)])])
+    assert sentences(pair)[0] == "LoRA and full have the same F1 on every tweet, 50.0 on average (tweets)."
 
 
 @settings(max_examples=40, deadline=None)

@@ -95,7 +95,14 @@ def test_each_untrained_model_is_scored_once(plan_of):
     assert [base.key for base in plan.bases] == keys
 
 
+def test_a_default_that_is_written_out_changes_nothing(plan_of):
+    typed = plan_of(PLAN.replace("lora_r = [1, 4]", "lora_r = [1, 4]\nmax_target_len = 32"))
+    assert [base.key for base in typed.bases] == ["base"]
+    assert [method.meant for method in typed.methods] == [method.meant for method in plan_of().methods]
+
+
 WRONG = {
+    "folder name": (('dir = "runs/s"', f'dir = "{"x" * 300}"'), "dir: cannot be used: "),
     "unknown top key": (("seeds = [0, 1]", "seed = [0]"), "seed: unknown key (did you mean seeds?)"),
     "unknown argument": (("lora_r = [1, 4]", "lora_rank = 4"), r'method "LoRA": lora_rank: .*no such argument'),
     "only of LoRA": (("epochs = 2", "lora_r = 2"), r"\[common\]: lora_r: tweet_qa_main.py has no such argument"),
@@ -216,7 +223,7 @@ def test_of_equal_rates_the_lower_is_the_best(plan_of):
 
 @given(st.lists(st.integers(-1, 5).map(float), min_size=9, max_size=9), st.integers(2, 5))
 def test_tuning_ends_with_the_best_of_what_it_tried(values, count):
-    method = Method("a", "a", "a", "tweet_qa_main.py", {}, {}, tuple(round(1e-3 * 3**n, 9) for n in range(count)))
+    method = Method("a", "a", "a", "tweet_qa_main.py", {}, {}, tuple(round(1e-3 * 3**n, 9) for n in range(count)), {})
     f1 = {}
     for _ in range(count + EXTENSIONS + 1):
         found = tune(method, f1.get)
@@ -295,6 +302,22 @@ def test_a_folder_of_another_run_is_refused_with_folder_and_argument(plan_of, na
         check_fits(plan, run, record, PARSERS)
     with pytest.raises(InputError, match="method full, not lora"):
         check_fits(plan, run, record_of(run, "full"), PARSERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("final_beams", 1), ("max_eval_samples", 36), ("holdout", 4), ("sem_model", "none")]
+)
+def test_a_run_that_was_scored_again_in_another_way_is_refused(plan_of, name, value):
+    """Its F1 would be compared with that of other rates, which means something else."""
+    plan = plan_of()
+    run = plan.run(plan.methods[1], 3e-3, 0)
+    record = record_of(run, "lora")
+    scored = record["args"] | {"eval_only": True, "eval_batch_size": 1, "save_dir": "moved"}
+    check_fits(plan, run, record | {"eval_only": scored}, PARSERS)
+    with pytest.raises(InputError, match=rf"was scored again \(--eval_only\) with {name} {value}, and the plan has"):
+        check_fits(plan, run, record | {"eval_only": scored | {name: value}}, PARSERS)
+    moved = {"content": {"dataset": "same"}, "eval_only": scored | {"dataset": "x", "content": {"dataset": "same"}}}
+    check_fits(plan, run, record | moved, PARSERS)
 
 
 def test_runs_at_once_share_the_cores_or_get_a_gpu_each(monkeypatch):

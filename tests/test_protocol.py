@@ -41,6 +41,15 @@ def test_a_holdout_of_all_rows_or_more_is_refused(count):
         hold_out(rows_about("abcde"), count, seed=0, taken={"a"})
 
 
+def test_a_holdout_for_which_too_few_rows_are_free_is_refused():
+    """As where the data were split by row: nearly every tweet of train is in validation too."""
+    rows = rows_about("abcdefghij" * 2)
+    with pytest.raises(InputError, match="--holdout 5: the tweets of only 4 of 20 training rows are not in validation"):
+        hold_out(rows, 5, seed=0, taken=set("abcdefgh"))
+    assert [rows[place]["Tweet"] for place in hold_out(rows, 4, seed=0, taken=set("abcdefgh"))] == list("ijij")
+    assert len(hold_out(rows, 3, seed=0, taken=set("abcdefgh"))) == 2  # a tweet's rows are not divided
+
+
 def chosen(tweet_qa, **given):
     defaults = {"dataset": str(tweet_qa), "holdout": 0, "drop_leaked": False, "holdout_seed": 42}
     return select_rows(

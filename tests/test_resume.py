@@ -72,7 +72,12 @@ def test_a_run_stopped_five_times_ends_like_one_that_was_not(place, whole, tmp_p
         assert "--resume" in err and f"after step {step}\n" in err
         assert json.loads((folder / "last" / "loop.json").read_text())["state"]["step"] == step
     trained = load_file(folder / "last" / "model.safetensors")
+    loop = json.loads((folder / "last" / "loop.json").read_text())
+    assert loop["state"]["peak_ram_mb"] > 100
+    loop["state"]["peak_ram_mb"] = 1e6  # as if the former process had taken more
+    (folder / "last" / "loop.json").write_text(json.dumps(loop))
     assert main_of(script)(arguments(place, script, folder, "--resume")) == 0
+    assert json.loads((folder / "run.json").read_text())["peak_ram_mb"] == 1e6
     assert_same_end(script, folder, whole[script])
     # The other runs' weights are those of the end of training, and of LoRA nothing else was saved.
     assert any(torch.equal(weight, load_file(folder / WEIGHTS[script])[name.replace(".default", "")])

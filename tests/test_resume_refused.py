@@ -8,7 +8,12 @@ import shutil
 import pytest
 import torch
 from conftest import FULL, LORA, SCRIPTS, WEIGHTS, arguments, assert_refused_at, assert_same_end, contents, main_of
+from run_folders import write_run
 from safetensors.torch import load_file, save_file
+
+from pipeline.errors import InputError
+from pipeline.resume import SIMILARITY, check_can_resume
+from pipeline.run_folder import read_run_json
 
 pytestmark = pytest.mark.usefixtures("without_java")
 
@@ -70,6 +75,16 @@ def test_resuming_with_another_shape_method_model_or_data_is_refused(place, stop
     for folder in (tmp_path / "empty", place / "data"):
         refused(full, [], "no run to resume (no run.json)", folder=folder)
     refused(full, ["--overwrite"], "--eval_only, --resume and --overwrite exclude each other")
+
+
+def test_a_similarity_model_may_move_but_not_be_left_out(tmp_path):
+    """Half of the epochs would be without their similarity."""
+    identity = {SIMILARITY: "0" * 64}
+    folder = write_run(tmp_path / "run", sem_model="minilm", record={"finished": False, "identity": identity})
+    given = read_run_json(folder)["args"]
+    check_can_resume(folder, "full", given | {"sem_model": "moved/minilm"})
+    with pytest.raises(InputError, match=r"different settings \(--sem_model none \(was minilm\)\)"):
+        check_can_resume(folder, "full", given | {"sem_model": "none"})
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """What a run writes is whole at any moment: an interruption leaves the older file or checkpoint, or the newer one."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from run_folders import write_run
 
 from helper_functions import PROMPT, InputError, load_model_and_tokenizer
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.run_folder import describe_run, run_record, write_table, writing
+from pipeline.run_folder import begin, describe_run, is_finished, read_run_json, run_record, write_table, writing
 
 
 class Killed(BaseException):
@@ -37,6 +39,25 @@ def test_an_interrupted_write_leaves_the_older_file(tmp_path):
         raise Killed
     assert path.read_bytes() == before == b"epoch,f1\n1,0.30000000000000004\n"
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_overwriting_that_is_killed_does_not_leave_a_finished_run(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run")
+    record = read_run_json(folder) | {"finished": False, "run_id": "new"}
+    unlink = Path.unlink
+
+    def killed(path, **options):
+        if path.name == "metrics.csv":
+            raise Killed
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(Killed):
+            begin(folder, record)
+    assert not is_finished(read_run_json(folder)) and read_run_json(folder)["run_id"] == "new"
+    begin(folder, record)
+    assert [path.name for path in folder.iterdir()] == ["run.json"]
 
 
 def test_an_interrupted_save_leaves_a_whole_checkpoint_or_none(tmp_path, monkeypatch, standin):

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from pathlib import Path
 
 import pytest
 from conftest import PROJECT, SERVERS, contents, start_script
+from run_folders import write_run
 
 import study
 from pipeline.arguments import ROLES
+from pipeline.errors import InputError
 from pipeline.lock import only_writer
+from pipeline.plan import read_plan, words
 
 pytestmark = pytest.mark.skipif("holdout_seed" not in ROLES, reason="the scripts cannot score an untrained model yet")
 
@@ -251,6 +255,26 @@ def test_wrong_input_ends_the_study_at_once(tmp_path, plan_at, run):
     failed = [line for line in said.splitlines() if "failed" in line]
     assert code == 1 and len(failed) == 1 and "(exit code 2) | error: --dataset" in failed[0]
     assert list(commands_of(tmp_path / "study")) == ["base"]
+
+
+def test_runs_that_other_numbers_of_processes_made_are_refused(tmp_path, plan_at):
+    """As where one of them was started by `accelerate launch`: its steps had more rows."""
+    plan = read_plan(plan_at(FULL_METHOD, seeds=[0]), study.training_parsers())
+    runs = [plan.run(plan.methods[0], rate, 0) for rate in plan.methods[0].rates]
+
+    def folders(*processes, precision=("no", "no")):
+        shutil.rmtree(plan.folder, ignore_errors=True)
+        for run, count, used in zip(runs, processes, precision, strict=True):
+            given = vars(study.training_parsers()[run.script].parse_args(words(run.arguments)))
+            identity = {"number of processes": count, "precision": used}
+            write_run(run.folder, record={"args": given, "identity": identity})
+        return study.Folders(plan, study.training_parsers())
+
+    study.check_existing(plan, folders(2, 2))
+    with pytest.raises(InputError, match=r"were trained with different number of processes \(1 and 2\)"):
+        study.check_existing(plan, folders(1, 2))
+    with pytest.raises(InputError, match=r"were trained with different precision \(no and bf16\)"):
+        study.check_existing(plan, folders(1, 1, precision=("no", "bf16")))
 
 
 @pytest.mark.slow

@@ -120,6 +120,13 @@ def test_the_answer_agrees_with_the_statistics_and_the_table(study):
     )
 
 
+def test_a_default_that_is_written_out_makes_no_other_answer(study):
+    said, *_ = study(FULL_METHOD + LORA_METHOD, usual)
+    typed, *_ = study(FULL_METHOD + LORA_METHOD + "max_target_len = 32\n", usual)
+    answers = [text[text.index("## The answer") : text.index("![")] for text in (said, typed)]
+    assert answers[0] == answers[1] and typed.count("## The answer") == 1 and "not finished" not in typed
+
+
 BEST_FULL, BEST_4, BEST_16 = "full-fine-tuning/lr=0.001", "lora,lora_r=4/lr=0.003", "lora,lora_r=16/lr=0.003"
 
 
