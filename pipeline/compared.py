@@ -55,23 +55,31 @@ class Run:
         return arguments | {"prompt": self.record["prompt"].replace("\n", "\\n")}
 
     def typed(self, name):
-        """The value of an argument as one types it, or "-"; of the optimizer its class, and what is RESOLVED."""
+        """The value of an argument as one types it, or "-"; of the optimizer its class."""
         if name == "optimizer" and name in self.content:
             return self.record["optimizer"]["class"]
-        typed = as_typed(self.arguments.get(name, "-"))
-        used = self.content.get(name, typed) if name in RESOLVED else typed
-        return used if typed in (used, "-") else f"{typed} ({used})"
+        return as_typed(self.arguments.get(name, "-"))
+
+    def meant(self, name):
+        """`typed`, with what it was `resolved` to if that is another word: "auto (fp32)"."""
+        typed = self.typed(name)
+        resolved = self.resolved.get(name, typed)
+        return resolved if typed in (resolved, "-") else f"{typed} ({resolved})"
+
+    @property
+    def resolved(self):
+        """{name: text} of RESOLVED, as far as it is recorded; an untrained model has none."""
+        identity = self.record.get("identity", {})
+        found = {name: str(identity[key]) for name, key in RESOLVED.items() if key in identity}
+        return {name: "fp32" if value == "no" else value for name, value in found.items()}
 
     @property
     def content(self):
-        """{name: text} of what the arguments were for this run, as far as it is recorded: the hash of what each path or
-        hub id holds and, of a trained one, the optimizer and RESOLVED."""
-        identity, optimizer = self.record.get("identity") or {}, self.record.get("optimizer")
-        weights = identity.get("weights (--model_name)")
-        content = ({"model_name": weights} if weights else {}) | (self.record.get("content") or {})
-        content |= {"optimizer": json.dumps(optimizer, sort_keys=True)} if optimizer else {}
-        resolved = {name: str(identity[key]) for name, key in RESOLVED.items() if key in identity}
-        return content | {name: "fp32" if value == "no" else value for name, value in resolved.items()}
+        """{argument: hash} of what each path or hub id holds, and the optimizer, as far as they are recorded."""
+        weights = self.record.get("identity", {}).get("weights (--model_name)")
+        content = ({"model_name": weights} if weights else {}) | self.record.get("content", {})
+        optimizer = self.record.get("optimizer")
+        return content | ({"optimizer": json.dumps(optimizer, sort_keys=True)} if optimizer else {})
 
     @property
     def model(self):
@@ -206,9 +214,10 @@ class Row:
 
 def make_rows(runs):
     """The rows of the table, in the order of their first runs. Raises InputError for a run that is given twice."""
-    groups, known = {}, known_content(runs)
+    groups, known, resolved = {}, known_content(runs), differently_resolved(runs)
     for run in runs:
         key = run.arguments | {name: run.content.get(name) for name in known}
+        key |= {f"resolved {name}": run.resolved.get(name) for name in resolved}
         group = groups.setdefault(json.dumps([run.record["method"], key], sort_keys=True), [])
         for other in group:
             if other.seed == run.seed:
@@ -227,7 +236,8 @@ def _label(run, runs, always=()):
     names += [name for name in differing(same_method) if name != "model_name"]
     if run.record["method"] == "lora":
         names = list(dict.fromkeys([*names, *(name for name in always if name in run.arguments)]))
-    told = ", ".join(f"{name} {run.typed(name)}" for name in names)
+    resolved = differently_resolved(runs)
+    told = ", ".join(f"{name} {run.meant(name) if name in resolved else run.typed(name)}" for name in names)
     return METHODS[run.record["method"]] + (f" ({told})" if told else "")
 
 
@@ -237,23 +247,25 @@ def differing(runs):
     # An untrained model has no arguments of training, in which others could differ from it.
     values = {name: [run.typed(name) for run in runs if run.trained or name in run.arguments] for name in names}
     known = {name: [run.content[name] for run in runs if name in run.content] for name in known_content(runs)}
-    values |= known
-    differ = {name: [run.typed(name) for run in runs] for name, each in values.items() if len(set(each)) > 1}
+    differ = {name: [run.typed(name) for run in runs] for name, each in (values | known).items() if len(set(each)) > 1}
+    differ |= {name: [run.meant(name) for run in runs] for name in differently_resolved(runs)}
     if {"optim", "weight_decay"} & set(differ):
         differ.pop("optimizer", None)  # its class and settings differ because these flags do
     return differ
 
 
 def known_content(runs):
-    """The names of `Run.content` that all runs recorded; an untrained model has no optimizer and nothing RESOLVED.
-
-    A model or a data set can have moved between two runs, and older versions did not record everything.
-    """
-    of_training = {"optimizer", *RESOLVED}
+    """The arguments whose content all runs recorded: a model or a data set can have moved between two runs. An
+    untrained model has no optimizer."""
     names = {name for run in runs for name in run.content}
     return sorted(
-        name for name in names if all(name in run.content for run in runs if run.trained or name not in of_training)
+        name for name in names if all(name in run.content for run in runs if run.trained or name != "optimizer")
     )
+
+
+def differently_resolved(runs):
+    """The names of RESOLVED that are known not to be the same for all runs."""
+    return [name for name in RESOLVED if len({run.resolved[name] for run in runs if name in run.resolved}) > 1]
 
 
 # -------------------------------------------------------------------------------------- the rows that measure them

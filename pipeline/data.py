@@ -180,18 +180,11 @@ def hold_out(rows, count, seed, taken=frozenset()):
     count: how many rows; a few less are chosen if whole tweets do not add up to it. seed: random seed of the choice.
     taken: tweet keys that must not be chosen, such as those of the split that selects the checkpoint.
 
-    Returns the positions of the chosen rows in increasing order. Raises InputError if no training row would be left, or
-    if fewer rows than `count` may be chosen.
+    Returns the positions of the chosen rows in increasing order. Raises InputError if no training row would be left.
     """
     groups = {}
     for position, row in enumerate(rows):
         groups.setdefault(tweet_key(row["Tweet"]), []).append(position)
-    free = sum(len(group) for key, group in groups.items() if key not in taken)
-    if free < count < len(rows):
-        raise InputError(
-            f"--holdout {count}: the tweets of only {free} of {len(rows)} training rows are not in validation too; give"
-            " fewer"
-        )
     chosen = []
     for key in random.Random(seed).sample(sorted(groups), len(groups)):
         if key not in taken and len(chosen) + len(groups[key]) <= count:
@@ -199,6 +192,18 @@ def hold_out(rows, count, seed, taken=frozenset()):
     if not chosen or len(chosen) == len(rows) or count >= len(rows):
         raise InputError(f"--holdout {count}: cannot set that many of {len(rows)} training rows aside; give fewer")
     return sorted(chosen)
+
+
+def check_can_hold_out(rows, count, taken):
+    """Raise InputError if fewer than `count` rows have a tweet that is not `taken`: far fewer would be set aside than
+    were asked for, and the final figures would be of those few."""
+    free = sum(tweet_key(row["Tweet"]) not in taken for row in rows)
+    if free < count < len(rows):
+        few = "" if free else "; none can be set aside from these data"
+        raise InputError(
+            f"--holdout {count}: only {free} of {len(rows)} training rows are about a tweet that is not in validation"
+            f" too{few or '; give fewer'}"
+        )
 
 
 def subset(rows, count):
@@ -263,7 +268,10 @@ def select_rows(args):
             raise InputError("--drop_leaked leaves no training row: every tweet is also in validation or test")
     held = []
     if args.holdout:  # validation selects the checkpoint, so a tweet that it shares would not be unseen
-        places = set(hold_out([row for _, row in train], args.holdout, args.holdout_seed, validation_tweets))
+        candidates = [row for _, row in train]
+        if not (args.resume or args.eval_only):  # older versions set fewer rows aside
+            check_can_hold_out(candidates, args.holdout, validation_tweets)
+        places = set(hold_out(candidates, args.holdout, args.holdout_seed, validation_tweets))
         held = [pair for place, pair in enumerate(train) if place in places]
         train = [pair for place, pair in enumerate(train) if place not in places]
     if args.train_subset:

@@ -76,6 +76,7 @@ class Plan:
     margin_f1: float  # a loss of up to so many points of F1 counts as none
     methods: tuple  # of Method
     bases: tuple  # Runs that score an untrained model; several if the methods differ in model, data or scoring
+    base_keys: dict  # {a Method's key: that of its Run in `bases`}
     axes: tuple  # the names of all axes, for the table
 
     def run(self, method, lr, seed):
@@ -144,7 +145,8 @@ def _plan(path, content, parsers):
     _check_differ(methods)
     plan = {"path": path, "folder": Path(folder), "seeds": tuple(seeds), "margin_f1": float(margin)}
     axes = tuple(dict.fromkeys(name for method in methods for name in method.axes))
-    return Plan(**plan, methods=tuple(methods), bases=_bases(Path(folder), methods, parsers), axes=axes)
+    bases, keys = _bases(Path(folder), methods, parsers)
+    return Plan(**plan, methods=tuple(methods), bases=bases, base_keys=keys, axes=axes)
 
 
 def _methods(number, table, common, parsers):
@@ -305,16 +307,18 @@ def _check_differ(methods):
 
 
 def _bases(folder, methods, parsers):
-    """The Runs that score the untrained model: one for each set of model, data and scoring that the methods have."""
+    """(the Runs that score the untrained model, one for each set of model, data and scoring that the methods have;
+    {a method's key: the key of its Run})."""
 
     def of_untrained(arguments):
         return {name: value for name, value in arguments.items() if _matters_untrained(name, parsers)}
 
-    found = {}  # {what is meant: as the plan types it}: a default that is written out is the same
+    found = {}  # {what is meant: (as the plan types it, the methods)}: a default that is written out is the same
     for method in methods:
         typed = of_untrained({"model_name": DEFAULT_MODEL} | method.arguments)
-        found.setdefault(str(sorted(of_untrained(method.meant).items())), typed)
-    sets = list(found.values())
+        _, own = found.setdefault(str(sorted(of_untrained(method.meant).items())), (typed, []))
+        own.append(method.key)
+    sets = [typed for typed, _ in found.values()]
     differing = list(dict.fromkeys(name for each in sets for name in each))
     differing = [name for name in differing if len({as_typed(each.get(name)) for each in sets}) > 1]
     runs = []
@@ -323,7 +327,7 @@ def _bases(folder, methods, parsers):
         key = ",".join([BASE, *(f"{name}={_slug(as_typed(value))}" for name, value in axes.items())])
         title = ", ".join(["untrained model", *(f"{name} {as_typed(value)}" for name, value in axes.items())])
         runs.append(Run(folder / key, key, title, FULL, arguments | {"eval_only": True}, BASE, axes))
-    return tuple(runs)
+    return tuple(runs), {method: run.key for run, (_, own) in zip(runs, found.values(), strict=True) for method in own}
 
 
 def _matters_untrained(name, parsers):
@@ -379,7 +383,7 @@ def check_fits(plan, run, record, parsers):
         before = record["args"].get(name, parsers[run.script].get_default(name))
         if not ROLES[name] & decides or before == value or name == "probe" or (method == BASE and name == "seed"):
             continue
-        if ROLES[name] & Role.INPUT and None not in (before, value) and Path(before).resolve() == Path(value).resolve():
+        if _is_same_input(name, before, value):
             continue
         raise InputError(
             f"{plan.path}: {run.folder} was started with {name} {as_typed(before)}, and the plan has"
@@ -388,16 +392,25 @@ def check_fits(plan, run, record, parsers):
     _check_scored_so(plan, run, record, vars(given))
 
 
+def _is_same_input(name, one, other):
+    """Whether two values of an argument are paths of the same model or data."""
+    return ROLES[name] & Role.INPUT and None not in (one, other) and Path(one).resolve() == Path(other).resolve()
+
+
 def _check_scored_so(plan, run, record, given):
     """Raise InputError if the scores of a trained run are of an --eval_only with other arguments than the plan's:
     rates would be compared by scores that mean different things. given: {name: value} of the plan's arguments."""
-    last = record.get("eval_only")
+    last, used = record.get("eval_only"), record.get("identity", {}).get("precision")
     if not last or run.method == BASE:
         return
     for name, value in given.items():
+        if name not in record["args"]:  # an older version, which did what the scoring has repeated
+            continue
         scored = last.get(name, value)
-        known = [(part.get("content") or {}).get(name) for part in (record, last)]
-        same = known[0] == known[1] if all(known) else scored == value  # model and data can have moved
+        known = [part.get("content", {}).get(name) for part in (record, last)]
+        same = known[0] == known[1] if all(known) else scored == value or _is_same_input(name, scored, value)
+        if name == "precision" and {scored, value} == {"auto", "fp32" if used == "no" else used}:
+            same = True
         if ROLES[name] & (Role.SCORING | Role.MEASURE) and not ROLES[name] & Role.SEED and not same:
             raise InputError(
                 f"{plan.path}: {run.folder} was scored again (--eval_only) with {name} {as_typed(scored)}, and the plan"

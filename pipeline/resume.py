@@ -419,7 +419,7 @@ def check_same_model(args, former, record):
 
     former: the run.json there, or None. record: what is known of the model now.
     """
-    if former and former["content"]["model_name"] != record["content"]["model_name"]:
+    if former and former.get("content", {}).get("model_name") != record["content"]["model_name"]:
         raise InputError(
             f"--save_dir {args.save_dir} has the scores of another model than --model_name {args.model_name}: choose"
             " another folder"

@@ -274,23 +274,31 @@ def read_run_json(folder):
         if not all(isinstance(run[name], str) for name in ("method", "prompt")) or not isinstance(run["args"], dict):
             raise ValueError("not the record of a run")
         _check_parts(run)
-        return run
+        return run | {name: run[name] or {} for name in ("content", "identity") if name in run}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({reason(error)})") from None
 
 
 def _check_parts(run):
     """Raise ValueError if a part of run.json that has parts itself, and that not every run has, is something else."""
-    for name in ("content", "identity", "optimizer", "eval_only", "final", "holdout", "test", "probe"):
-        if not isinstance(run.get(name) or {}, dict):
-            raise ValueError(f"{name} is not an object")
-    named = (run.get("content") or {}) | (run.get("identity") or {})
-    named |= {"class": run["optimizer"]["class"]} if run.get("optimizer") else {}
+
+    def part(*names):
+        value = run
+        for name in names:
+            value = value.get(name) or {}
+            if not isinstance(value, dict):
+                raise ValueError(f"{'.'.join(names)} is not an object")
+        return value
+
+    for name in ("final", "holdout", "test"):
+        part(name)
+    part("holdout", "metrics")
+    named = part("content") | part("eval_only", "content") | part("identity")
+    named |= {"optimizer.class": part("optimizer")["class"]} if part("optimizer") else {}
+    named |= {"probe.sha256": part("probe")["sha256"]} if part("probe") else {}
     for name, value in named.items():
         if not isinstance(value, str | int):
             raise ValueError(f"{name} is neither text nor a number")
-    if not isinstance((run.get("holdout") or {}).get("metrics") or {}, dict):
-        raise ValueError("holdout.metrics is not an object")
 
 
 def is_finished(run):
@@ -340,6 +348,7 @@ OF_TRAINING = ["trainable_parameters", "checkpoint_bytes", "best_epoch"]  # coun
 COUNTS = ["total_parameters", "scoring.final_beams", "scoring.max_input_len", "scoring.max_target_len", "args.epochs"]
 NUMBERS = ["args.seed", "args.patience", "final.f1", "final.em"]
 NUMBERS_OR_NULL = ["peak_vram_mb", "peak_ram_mb", *(f"final.{metric.name}" for metric in METRICS)]
+NUMBERS_OR_NULL += [f"{split}.{name}" for split in ("holdout.metrics", "test") for name in ("f1", "em")]
 EPOCH_COLUMNS = ["epoch", "f1", "epoch_seconds", "steps_per_sec"]
 # Missing in the runs of older versions, and in runs without --probe.
 LATER_EPOCH_COLUMNS = ["seconds_since_start", "probe_loss"]
@@ -421,7 +430,7 @@ def _read_epochs(folder, record):
     epochs = read_table(path, EPOCH_COLUMNS, LATER_EPOCH_COLUMNS)
     for name in epochs:
         epochs[name] = read_numbers(path, epochs[name], 0, 1 if name == "f1" else math.inf)
-    planned = record.get("epochs", record["args"]["epochs"])  # with --max_steps, not as many as --epochs
+    planned = int(record.get("epochs", record["args"]["epochs"]))  # with --max_steps, not as many as --epochs
     ended = min(planned, best + patience) if patience else planned
     if list(epochs["epoch"]) != list(range(1, ended + 1)):
         raise InputError(f"{path} is truncated or was changed: it must have the epochs 1 to {ended}, in order")
@@ -433,14 +442,18 @@ def _check_record(folder, record):
     has every field that is read of it."""
 
     record["scoring"] = record.get("eval_only") or {**record["args"], "content": record.get("content", {})}
+    record["scoring"]["content"] = record["scoring"].get("content") or {}
     untrained = record["method"] == "base"
     if isinstance(record["args"], dict) and record["args"].get("eval_only") and not untrained:
         raise InputError(f"{folder} has a checkpoint that was only scored (--eval_only), not a training run")
     unfinished = record.get("wall_time_seconds") is None and not untrained
     if unfinished or record.get("final") is None or (folder / "last").exists():
         raise InputError(f"{folder} has a run that is not finished: let it finish first, or leave it out")
-    # An --eval_only with --holdout 0 has left them out.
-    held_out = ["holdout.metrics.f1"] if record.get("holdout") and record["scoring"].get("holdout", True) else []
+    if record.get("holdout") and not record["scoring"].get("holdout", True):  # an --eval_only left them out
+        record["holdout"] = {"rows": record["holdout"].get("rows")}  # older versions kept the former scores
+        held_out = []
+    else:
+        held_out = ["holdout.metrics.f1"] if record.get("holdout") else []
     for names, wanted, is_right in (
         (TEXTS, "text", lambda value: isinstance(value, str)),
         (

@@ -172,8 +172,8 @@ def difference(ours, theirs, clusters, ours_trained=True, theirs_trained=True):
     The variance is the two-way cluster-robust one (Cameron, Gelbach and Miller, 2011,
     https://doi.org/10.1198/jbes.2010.07136): that of the paired differences with tweets as clusters (Liang and Zeger,
     1986, https://doi.org/10.1093/biomet/73.1.13; times G / (G - 1) for G tweets), plus that of each method's seed means
-    over its number of seeds, less that of the noise of seed and tweet together, which is in both; if that leaves
-    nothing, the noise is not subtracted. The interval is
+    over its number of seeds, less that of the noise of seed and tweet together, which is in both; where all seed
+    means are equal, nothing is subtracted. The interval is
     Student's with Satterthwaite's degrees of freedom. Rows that are all independent and one seed make it the paired
     t test, rows that are all alike make it Welch's t test of the seed means. `benchmarks/coverage.py` compares its
     coverage with other intervals'.
@@ -289,12 +289,12 @@ def _estimate(methods, clusters):
             noise += _clustered(apart, codes).sum() / (len(scores) - 1) / len(scores)
     means, mean = [scores.mean(1) for scores in seeds], float(rows.mean())
     between = tuple(Seeds(unless_rounding(each.var(ddof=1) if len(each) > 1 else 0), len(each)) for each in means)
-    # Two seeds of each method can have equal means by chance. With the noise subtracted, nothing may be left, and the
-    # interval of methods that differ from row to row would have no width.
-    left = unless_rounding(tweets - noise)
+    # The noise is in the variance of the seed means too. Two seeds of each method can have equal means by chance: then
+    # it would be subtracted where nothing has added it, and the interval would have nearly no width, or none.
+    noise = noise if any(each.variance for each in between) else 0
     return Estimate(
         mean=mean if abs(mean) > rounding else 0.0,
-        tweets=left if left or any(each.variance for each in between) else unless_rounding(tweets),
+        tweets=unless_rounding(tweets - noise),
         tweet_count=len(number),
         seeds=between,
     )

@@ -133,7 +133,7 @@ def find_groups(plan, entries, bases):
             keys.setdefault(str(sorted(_rows_of(entry).items(), key=str)), []).append(entry)
     groups = []
     for members in keys.values():
-        own = dict.fromkeys(base.key for entry in members if (base := _base_of(plan, entry.tuning.method)))
+        own = dict.fromkeys(plan.base_keys[entry.tuning.method.key] for entry in members)
         own = [bases[key] for key in own if key in bases]
         runs = [run for entry in members for run in entry.row.runs] + own
         check_comparable(runs)
@@ -155,16 +155,6 @@ def _rows_of(entry):
     names = ("dataset", "max_eval_samples")
     given = entry.tuning.method.meant
     return {name: value for name, value in given.items() if ROLES[name] & apart or name in names}
-
-
-def _base_of(plan, method):
-    """The Run of the plan that scores the untrained model of a method, or None: the one with most of its arguments."""
-    own = [
-        run
-        for run in plan.bases
-        if all(method.meant.get(name) == value for name, value in run.arguments.items() if name != "eval_only")
-    ]
-    return max(own, key=lambda run: len(run.arguments), default=None)
 
 
 def _references(members):

@@ -150,6 +150,13 @@ def test_runs_of_other_steps_or_precision_are_no_seeds_of_one_method(tmp_path, c
             for used, processes in (("fp32", 1), ("bf16", 4))
         ]
         assert "| --processes | 1 | 4 | 1 |" in (tmp_path / "out" / "comparison.md").read_text()
+    old = write_run(tmp_path / "old", seed=3, precision="auto")  # an older version did not record it
+    assert compare(one, four, old, lora, out=tmp_path / "out") == 0
+    methods = pd.read_csv(tmp_path / "out" / "comparison.csv")["method"].tolist()
+    assert methods[2] == "full fine-tuning (precision auto, processes -)" and len(methods) == 4
+    assert compare(one, old, lora, out=tmp_path / "out") == 0
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "precision" not in text and pd.read_csv(tmp_path / "out" / "comparison.csv")["runs"].tolist() == [2, 1]
     same = trained("same", "full", 2, 1, "no")
     assert compare(one, same, lora, base, out=tmp_path / "out") == 0
     assert pd.read_csv(tmp_path / "out" / "comparison.csv")["runs"].tolist() == [2, 1, 1]
@@ -316,6 +323,18 @@ def test_scoring_again_without_some_rows_leaves_no_old_scores_of_them(tmp_path, 
     said = capsys.readouterr().out
     assert "Measured on 40 validation rows" in said and f"not used: {full} was not scored on any." in said
     assert "held-out" not in pd.read_csv(tmp_path / "out" / "comparison.csv").columns
+
+
+def test_old_scores_of_held_out_rows_that_a_later_scoring_left_out_are_not_used(tmp_path, capsys):
+    """As older versions left them in the folder."""
+    runs = []
+    for method in ("full", "lora"):
+        runs.append(write_run(tmp_path / method, method, held_out=HELD))
+        record = read_run_json(runs[-1])
+        record["eval_only"] = record["args"] | {"final_beams": 1, "holdout": 0}
+        (runs[-1] / "run.json").write_text(json.dumps(record))
+    assert compare(*runs, out=tmp_path / "out") == 0
+    assert "Measured on 40 validation rows" in capsys.readouterr().out
 
 
 def test_the_telling_examples_show_every_direction_and_read_as_they_are(tmp_path):
@@ -526,6 +545,12 @@ MALFORMED = {
     ),
     "held out of another type": (change_record(holdout={"metrics": [1]}), "holdout.metrics is not an object"),
     "content of another type": (change_record(content=[1]), "content is not an object"),
+    "content of a scoring of another type": (
+        change_record(eval_only={"content": 5}),
+        "eval_only.content is not an object",
+    ),
+    "a metric of the test split of another type": (change_record(test={"f1": "x"}), "test.f1 must be a number or null"),
+    "a probe without its hash": (change_record(probe={"file": "x"}), "run.json cannot be read (KeyError"),
     "a hash of another type": (change_record(content={"model_name": ["a"]}), "model_name is neither text nor a number"),
     "identity of another type": (change_record(identity="a"), "identity is not an object"),
     "an optimizer without a name": (change_record(optimizer={"groups": []}), "run.json cannot be read (KeyError"),

@@ -101,6 +101,15 @@ def test_a_default_that_is_written_out_changes_nothing(plan_of):
     assert [method.meant for method in typed.methods] == [method.meant for method in plan_of().methods]
 
 
+def test_each_method_is_compared_with_its_own_untrained_model(plan_of):
+    """Also where one writes a default out that another one has without saying so."""
+    head, lora = PLAN.split("[[method]]", 1)[0], '[[method]]\nname = "LoRA"\nscript = "tweet_qa_main_lora.py"\n'
+    full = '[[method]]\nname = "full"\nscript = "tweet_qa_main.py"\nmax_target_len = 32\n'
+    assert plan_of(head + full + lora).base_keys == {"full": "base", "lora": "base"}
+    keys = plan_of(head + full + lora + "final_beams = 1\n").base_keys
+    assert keys == {"full": "base,max_target_len=32", "lora": "base,final_beams=1"}
+
+
 WRONG = {
     "folder name": (('dir = "runs/s"', f'dir = "{"x" * 300}"'), "dir: cannot be used: "),
     "unknown top key": (("seeds = [0, 1]", "seed = [0]"), "seed: unknown key (did you mean seeds?)"),
@@ -316,6 +325,12 @@ def test_a_run_that_was_scored_again_in_another_way_is_refused(plan_of, name, va
     check_fits(plan, run, record | {"eval_only": scored}, PARSERS)
     with pytest.raises(InputError, match=rf"was scored again \(--eval_only\) with {name} {value}, and the plan has"):
         check_fits(plan, run, record | {"eval_only": scored | {name: value}}, PARSERS)
+    auto = record | {"identity": {"precision": "no"}, "eval_only": scored | {"precision": "fp32"}}
+    check_fits(plan, run, auto, PARSERS)  # which is what auto meant
+    with pytest.raises(InputError, match="with precision fp32, and the plan has auto"):
+        check_fits(plan, run, auto | {"identity": {"precision": "bf16"}}, PARSERS)
+    older = record | {"args": {n: v for n, v in record["args"].items() if n != "holdout_seed"}}
+    check_fits(plan, run, older | {"eval_only": scored | {"holdout_seed": 0}}, PARSERS)
     moved = {"content": {"dataset": "same"}, "eval_only": scored | {"dataset": "x", "content": {"dataset": "same"}}}
     check_fits(plan, run, record | moved, PARSERS)
 

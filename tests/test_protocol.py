@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helper_functions import InputError, load_tweet_qa, question_type, tweet_features
 from pipeline.breakdown import WELL_POPULATED, breakdown
-from pipeline.data import count_repeats, hold_out, select_rows
+from pipeline.data import check_can_hold_out, count_repeats, hold_out, select_rows
 from pipeline.text import tweet_key
 
 
@@ -41,17 +41,26 @@ def test_a_holdout_of_all_rows_or_more_is_refused(count):
         hold_out(rows_about("abcde"), count, seed=0, taken={"a"})
 
 
-def test_a_holdout_for_which_too_few_rows_are_free_is_refused():
+def test_a_holdout_for_which_too_few_rows_are_free_is_refused(data_folder):
     """As where the data were split by row: nearly every tweet of train is in validation too."""
     rows = rows_about("abcdefghij" * 2)
-    with pytest.raises(InputError, match="--holdout 5: the tweets of only 4 of 20 training rows are not in validation"):
-        hold_out(rows, 5, seed=0, taken=set("abcdefgh"))
+    with pytest.raises(InputError, match="--holdout 5: only 4 of 20 training rows are about .* too; give fewer"):
+        check_can_hold_out(rows, 5, taken=set("abcdefgh"))
+    with pytest.raises(InputError, match="--holdout 5: only 0 of 20 training rows .*; none can be set aside"):
+        check_can_hold_out(rows, 5, taken=set("abcdefghij"))
+    check_can_hold_out(rows, 4, taken=set("abcdefgh"))
     assert [rows[place]["Tweet"] for place in hold_out(rows, 4, seed=0, taken=set("abcdefgh"))] == list("ijij")
     assert len(hold_out(rows, 3, seed=0, taken=set("abcdefgh"))) == 2  # a tweet's rows are not divided
+    folder = data_folder(train=rows, validation=rows[:8])
+    with pytest.raises(InputError, match="--holdout 5: only 4 of 20"):
+        chosen(folder, holdout=5)
+    for again in ("resume", "eval_only"):  # of a run that an older version started
+        assert len(chosen(folder, holdout=5, **{again: True}).held_out) == 4
 
 
 def chosen(tweet_qa, **given):
     defaults = {"dataset": str(tweet_qa), "holdout": 0, "drop_leaked": False, "holdout_seed": 42}
+    defaults |= {"resume": False, "eval_only": False}
     return select_rows(
         Namespace(**defaults | {"max_train_samples": None, "train_subset": None, "max_eval_samples": None} | given)
     )
@@ -123,7 +132,9 @@ def test_the_breakdown_counts_each_example_once_a_feature(tweet_qa):
     large = table[table["count"] >= WELL_POPULATED]
     assert table["count"].iloc[: len(large)].min() >= WELL_POPULATED  # small slices come last
     assert large["f1"].is_monotonic_increasing
-    assert (table["f1_low"] <= table["f1"] + 1e-12).all() and (table["f1"] <= table["f1_high"] + 1e-12).all()
+    known = table[table["f1_low"].notna()]  # the others' examples have one score
+    assert (known["f1_low"] <= known["f1"] + 1e-12).all() and (known["f1"] <= known["f1_high"] + 1e-12).all()
+    assert 15 < len(known) < len(table)
     what = table[(table["feature"] == "question") & (table["value"] == "what")].iloc[0]
     values = pd.Series([v for v, row in zip(f1, rows, strict=True) if question_type(row["Question"]) == "what"])
     half_width = 1.96 * values.std() / len(values) ** 0.5  # the normal approximation, good for hundreds of values

@@ -178,6 +178,7 @@ def as_older(folder, seed):
 
 def test_held_out_rows_do_not_depend_on_the_seed(place):
     given = {"drop_leaked": False, "train_subset": None, "max_train_samples": None, "max_eval_samples": None}
+    given |= {"resume": False, "eval_only": False}
 
     def held_out(seed, holdout_seed):
         args = Namespace(dataset=str(place / "data"), holdout=8, seed=seed, holdout_seed=holdout_seed, **given)
