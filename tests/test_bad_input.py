@@ -217,7 +217,13 @@ def test_eval_only_of_what_is_no_checkpoint(place, capfd, minilm, script):
 
 
 def test_a_holdout_or_a_dropping_that_leaves_nothing(place, capfd):
-    assert_refused(place, capfd, "--holdout 1: cannot set that many of 2 training rows aside", "--holdout", "1")
+    assert_refused(
+        place,
+        capfd,
+        "--holdout 1: only 0 of 2 training rows are about a tweet that is not in validation",
+        "--holdout",
+        "1",
+    )
     assert_refused(place, capfd, "--drop_leaked leaves no training row", "--drop_leaked")
 
 
