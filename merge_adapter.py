@@ -14,7 +14,7 @@ from pathlib import Path
 import pipeline  # noqa: F401, I001 (before the libraries, which look for the home folder)
 from helper_functions import PROMPT, InputError, evaluate, load_model_and_tokenizer, quiet_libraries
 from pipeline import checkpoint, interrupts, lock, memory, merge, resume, run_folder
-from pipeline.arguments import Role, flag, path_or_id
+from pipeline.arguments import Role, flag, path_or_id, precision_as_typed
 from pipeline.devices import device_name
 from pipeline.publish import write_model_card
 from tweet_qa_main import set_up
@@ -154,7 +154,7 @@ def report(setup, before, after, changed):
         "final_beams": args.final_beams,
         "dataset": args.dataset,
         "device": device_name(accelerator.device),
-        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "precision": precision_as_typed(accelerator.mixed_precision),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": run_folder.versions(),
         "git_commit": run_folder.git_commit(),

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import interrupts, study_report, study_savings
-from pipeline.arguments import Parser, as_typed, at_least, build_parser
+from pipeline.arguments import Parser, as_typed, at_least, build_parser, precision_as_typed
 from pipeline.console import show_any_character
 from pipeline.errors import InputError, RunError, one_line
 from pipeline.lock import check_writable, in_use, only_writer
@@ -106,14 +106,15 @@ class Folders:
     def _check_trained_alike(self, run, record):
         """Raise InputError if a run was trained in more processes than the others, or --precision auto was another one:
         the plan has the same arguments then, but other steps were made."""
-        identity, typed = record.get("identity") or {}, record["args"].get("precision")
+        identity, typed = record.get("identity", {}), record["args"].get("precision")
         for key, name in (("processes", "number of processes"), (f"precision {typed}", "precision")):
             if name in identity:
                 first, value = self.firsts.setdefault(key, (run, identity[name]))
                 if value != identity[name]:
                     raise InputError(
                         f"{self.plan.path}: {first.folder} and {run.folder} were trained with different {name}"
-                        f" ({value} and {identity[name]}): train one of them again"
+                        f" ({precision_as_typed(value)} and {precision_as_typed(identity[name])}): remove one of these"
+                        " folders, and the study trains it again"
                     )
 
     def logs(self, run):
@@ -413,9 +414,11 @@ def finish(plan, folders, failed, again):
     diverged += [run.title for run, stage in now.runs.values() if stage == "chosen" and folders.f1(run) == DIVERGED]
     if failed or diverged:
         names = [run.title for run in failed.values()] + diverged
-        print(
-            f"error: {len(names)} without a result ({'; '.join(names)}): mend the cause, then {again}", file=sys.stderr
-        )
+        advice = f"fix the cause, then {again}"
+        if diverged:  # the same command does not try it again
+            logs = plan.folder / "logs"
+            advice += f" (a run that diverged: give other lr in the plan, or remove its diverged.txt in {logs})"
+        print(f"error: {len(names)} without a result ({'; '.join(names)}): {advice}", file=sys.stderr)
         return 1
     return 0
 

@@ -46,7 +46,7 @@ from helper_functions import (
     train_loader,
 )
 from pipeline import checkpoint, devices, figures, interrupts, lock, memory, publish, resume, run_folder, trackers
-from pipeline.arguments import build_parser, with_defaults
+from pipeline.arguments import build_parser, precision_as_typed, with_defaults
 from pipeline.console import describe, show_any_character
 from pipeline.data import select_rows
 from pipeline.fast_cpu import convert_frozen, keep_memory, use_fast_training
@@ -233,7 +233,7 @@ def evaluate_only(args, wrap):
         record = former
         if args.holdout:
             resume.check_were_held_out(args, setup.held_out, former)
-    else:  # a checkpoint that no run wrote: there is no record yet
+    else:  # the checkpoint comes from elsewhere, so it has no record yet
         start = run_folder.describe_run(setup, "lora" if hasattr(model, "peft_config") else "full", model, PROMPT)
         record = run_folder.run_record(start, end={"finished": True})
     record = record | kept(folder, former, setup.probe)
@@ -542,10 +542,10 @@ def note_steps(state, measured, accelerator):
         state.skipped_in_a_row = 0 if finite else state.skipped_in_a_row + 1
         trackers.report(accelerator, "train", row, state.step)
         if state.skipped_in_a_row == MAX_SKIPPED:
-            precision = accelerator.mixed_precision.replace("no", "fp32")
+            used = f"learning rate {lr:.3g}, precision {precision_as_typed(accelerator.mixed_precision)}"
             raise RunError(
                 f"loss or gradient was not finite in {MAX_SKIPPED} steps in a row, the last one step {state.step}"
-                f" (learning rate {lr:.3g}, precision {precision}): restart with a lower --lr or another --precision"
+                f" ({used}): start again (--overwrite) with a lower --lr or another --precision"
             )
 
 

@@ -139,7 +139,12 @@ FLAGS = [
         default="ucsbnlp/tweet_qa",
         help="data set: hub id or folder of train/validation/test files",
     ),
-    flag("--save_dir", Role.RUNNING, type=path_or_id, help="run folder to write: new or empty, without --resume"),
+    flag(
+        "--save_dir",
+        Role.RUNNING,
+        type=path_or_id,
+        help="run folder to write; must be new or empty, unless --resume, --overwrite, --eval_only or --seeds is given",
+    ),
     flag("--resume", Role.RUNNING, action="store_true", help="resume the interrupted run in --save_dir"),
     flag(
         "--overwrite", Role.RUNNING, action="store_true", help="replace the run in --save_dir, after checking the input"
@@ -361,6 +366,11 @@ def sets_methods_apart(name):
 def as_run(args):
     """The arguments in a run.json of any version, with what its run did where it did not know a flag yet."""
     return BEFORE | (BEFORE_IN_LORA if "lora_r" in args else {}) | args
+
+
+def precision_as_typed(name):
+    """accelerate's name of a precision, as --precision has it."""
+    return "fp32" if name == "no" else name
 
 
 def as_typed(value):

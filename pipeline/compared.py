@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.arguments import Role, as_typed, sets_methods_apart, with_role
+from pipeline.arguments import Role, as_typed, precision_as_typed, sets_methods_apart, with_role
 from pipeline.errors import InputError
 from pipeline.run_folder import read_run, read_scored
 from pipeline.text import tweet_key
@@ -71,7 +71,7 @@ class Run:
         """{name: text} of RESOLVED, as far as it is recorded; an untrained model has none."""
         identity = self.record.get("identity", {})
         found = {name: str(identity[key]) for name, key in RESOLVED.items() if key in identity}
-        return {name: "fp32" if value == "no" else value for name, value in found.items()}
+        return {name: precision_as_typed(value) for name, value in found.items()}
 
     @property
     def content(self):
@@ -165,7 +165,7 @@ def _check_same_examples(pair, ours, theirs):
 
 
 def check_same_rows_held_out(rows):
-    """Raise InputError unless the runs of each Row set the same training rows aside (--holdout, by seed):
+    """Raise InputError unless the runs of each Row set the same training rows aside (--holdout, --holdout_seed):
     otherwise they were trained on different rows, and their held-out F1 is of different rows."""
 
     def held_out(row):
@@ -175,7 +175,10 @@ def check_same_rows_held_out(rows):
     for row in with_some[1:]:
         if held_out(row) != held_out(with_some[0]):
             pair = f"{with_some[0].runs[0].folder} and {row.runs[0].folder} cannot be compared"
-            raise InputError(f"{pair}: --holdout set different rows aside; give both the same --seed, or --seeds")
+            raise InputError(
+                f"{pair}: --holdout set different rows aside; train one of them again with the other's --holdout_seed"
+                " (its --seed, if an older version trained it)"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- rows of the table

@@ -3,6 +3,7 @@
 import sys
 from contextlib import suppress
 
+from pipeline.arguments import precision_as_typed
 from pipeline.leaderboard import check_leaderboard
 from pipeline.text import tweet_key
 
@@ -33,7 +34,7 @@ def describe(setup, record, model_name, note):
     adapted = f" | adapter on {', '.join(record['adapted_matrices'])}" if "adapted_matrices" in record else ""
     say(
         f"model: {model_name} | {trained:,} of {total:,} parameters trained ({trained / total:.2%}) |"
-        f" {record['device']}, {setup.accelerator.mixed_precision.replace('no', 'fp32')}{adapted}"
+        f" {record['device']}, {precision_as_typed(setup.accelerator.mixed_precision)}{adapted}"
     )
     for role, loader in loaders.items():
         if loader.dataset.cut_inputs or loader.dataset.cut_targets:

@@ -199,10 +199,10 @@ def check_can_hold_out(rows, count, taken):
     were asked for, and the final figures would be of those few."""
     free = sum(tweet_key(row["Tweet"]) not in taken for row in rows)
     if free < count < len(rows):
-        few = "" if free else "; none can be set aside from these data"
+        advice = "give fewer" if free else "none can be set aside from these data"
         raise InputError(
             f"--holdout {count}: only {free} of {len(rows)} training rows are about a tweet that is not in validation"
-            f" too{few or '; give fewer'}"
+            f" too; {advice}"
         )
 
 

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from pipeline.arguments import DEFAULT_MODEL, FIXED_IN_A_RUN, ROLES, Role, as_typed, path_or_id, with_defaults
+from pipeline.arguments import (
+    DEFAULT_MODEL,
+    FIXED_IN_A_RUN,
+    ROLES,
+    Role,
+    as_typed,
+    path_or_id,
+    precision_as_typed,
+    with_defaults,
+)
 from pipeline.errors import InputError, reason
 
 FULL, LORA = "tweet_qa_main.py", "tweet_qa_main_lora.py"
@@ -363,7 +372,8 @@ def _not(value):
 
 
 def check_fits(plan, run, record, parsers):
-    """Raise InputError if the run that is in a Run's folder was made with other arguments than the plan gives it.
+    """Raise InputError if the run that is in a Run's folder was made, or scored again, with other arguments than the
+    plan gives it.
 
     record: its run.json. What a run may change on --resume may differ, except for the names of model and data: a
     finished run's are not looked at again.
@@ -409,7 +419,7 @@ def _check_scored_so(plan, run, record, given):
         scored = last.get(name, value)
         known = [part.get("content", {}).get(name) for part in (record, last)]
         same = known[0] == known[1] if all(known) else scored == value or _is_same_input(name, scored, value)
-        if name == "precision" and {scored, value} == {"auto", "fp32" if used == "no" else used}:
+        if name == "precision" and {scored, value} == {"auto", precision_as_typed(used)}:
             same = True
         if ROLES[name] & (Role.SCORING | Role.MEASURE) and not ROLES[name] & Role.SEED and not same:
             raise InputError(

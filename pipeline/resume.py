@@ -14,7 +14,16 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from pipeline.arguments import HOLDOUT_SEED, ROLES, Role, as_run, as_typed, may_differ_on_resume, with_role
+from pipeline.arguments import (
+    HOLDOUT_SEED,
+    ROLES,
+    Role,
+    as_run,
+    as_typed,
+    may_differ_on_resume,
+    precision_as_typed,
+    with_role,
+)
 from pipeline.checkpoint import has_checkpoint
 from pipeline.devices import is_first_process
 from pipeline.errors import InputError, reason
@@ -310,9 +319,13 @@ def same_start(folder, former, now):
         # Only the main process loads the similarity model, and older versions did not record what it holds.
         if then != new and not (name == SIMILARITY and None in (then, new)):
             is_hash = len(str(then)) == len(hashlib.sha256().hexdigest())
-            differing.append(name if is_hash or then is None else f"{name} (was {then}, is {new})")
+            values = f" (was {precision_as_typed(then)}, is {precision_as_typed(new)})"
+            differing.append(name if is_hash or then is None else name + values)
     if differing:
-        raise InputError(f"--save_dir {folder} was started with different {', '.join(differing)}")
+        raise InputError(
+            f"--save_dir {folder} was started with different {', '.join(differing)}: restore what it was started with,"
+            " or choose another folder"
+        )
     return {name: former[name] for name in ("started", "run_id", "probe") if name in former}
 
 

@@ -53,11 +53,13 @@ class StepPlan:
     def with_smaller_batches(self, allowed):
         """The same steps in smaller batches, after memory ran out. Raises RunError if it is not allowed or possible."""
         if self.batch_size == 1:
-            raise RunError("out of memory with --batch_size 1: give a smaller model or --max_input_len")
+            raise RunError(
+                "out of memory with --batch_size 1: start again (--overwrite) with a smaller model or --max_input_len"
+            )
         if not allowed:
             raise RunError(
-                f"out of memory with --batch_size {self.batch_size}: add --auto_batch_size, or lower --batch_size and"
-                " raise --grad_accum_steps by the same factor"
+                f"out of memory with --batch_size {self.batch_size}: add --auto_batch_size to --resume, or start again"
+                " (--overwrite) with a lower --batch_size and --grad_accum_steps raised by the same factor"
             )
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)  # 2, if it is even
         return replace(self, batch_size=self.batch_size // factor, accumulation=self.accumulation * factor)

@@ -103,15 +103,28 @@ def memory_for_batches_of(monkeypatch, size):
 
 def test_memory_that_runs_out_is_named(place, tmp_path, monkeypatch, capfd):
     script = FULL
-    memory_for_batches_of(monkeypatch, 3)
-    assert main_of(script)(arguments(place, script, tmp_path / "a")) == 1
+    with monkeypatch.context() as patch:
+        memory_for_batches_of(patch, 3)
+        assert main_of(script)(arguments(place, script, tmp_path / "a")) == 1
     err = capfd.readouterr().err
-    assert err.startswith("error: out of memory with --batch_size 4: add --auto_batch_size, or lower --batch_size")
+    assert err.startswith(
+        "error: out of memory with --batch_size 4: add --auto_batch_size to --resume, or start again (--overwrite) with"
+        " a lower --batch_size"
+    )
     assert err.count("\n") == 1
+    # What the message advises is accepted.
+    more = ("--epochs", 1, "--final_beams", 1)
+    assert main_of(script)(arguments(place, script, tmp_path / "a", "--resume", "--auto_batch_size")) == 0
+    smaller = ("--batch_size", 2, "--grad_accum_steps", 4)
+    assert main_of(script)(arguments(place, script, tmp_path / "a", "--overwrite", *smaller, *more)) == 0
+    capfd.readouterr()
     memory_for_batches_of(monkeypatch, 0)
     assert main_of(script)(arguments(place, script, tmp_path / "b", "--auto_batch_size")) == 1
     err = capfd.readouterr().err
-    assert err.startswith("error: out of memory with --batch_size 1: give a smaller model") and err.count("\n") == 1
+    assert (
+        err.startswith("error: out of memory with --batch_size 1: start again (--overwrite) with a smaller model")
+        and err.count("\n") == 1
+    )
 
 
 def test_memory_that_runs_out_in_an_evaluation_is_named(place, tmp_path, capfd):

@@ -244,7 +244,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_made(tmp_path, plan_at, run
     log = tmp_path / "study/logs/full/lr=0.0001/seed_0/output.txt"
     cause = f"failed (exit code 1) | error: the disk is full | so it ends | {log}"
     assert code == 1 and f"full, lr 0.0001, seed 0: {cause}\n" in said and said.count("failed") == 1
-    again = f"mend the cause, then python study.py {path}"
+    again = f"fix the cause, then python study.py {path}"
     assert errors == f"error: 1 without a result (full, lr 0.0001, seed 0): {again}\n"
     # The seeds wait for the learning rate, which is not known.
     assert [row["run"] for row in table(tmp_path / "study")] == ["base", "full/lr=0.001/seed_0"]
@@ -273,7 +273,7 @@ def test_runs_that_other_numbers_of_processes_made_are_refused(tmp_path, plan_at
     study.check_existing(plan, folders(2, 2))
     with pytest.raises(InputError, match=r"were trained with different number of processes \(1 and 2\)"):
         study.check_existing(plan, folders(1, 2))
-    with pytest.raises(InputError, match=r"were trained with different precision \(no and bf16\)"):
+    with pytest.raises(InputError, match=r"were trained with different precision \(fp32 and bf16\)"):
         study.check_existing(plan, folders(1, 1, precision=("no", "bf16")))
 
 
