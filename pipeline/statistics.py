@@ -173,9 +173,9 @@ def difference(ours, theirs, clusters, ours_trained=True, theirs_trained=True):
     https://doi.org/10.1198/jbes.2010.07136): that of the paired differences with tweets as clusters (Liang and Zeger,
     1986, https://doi.org/10.1093/biomet/73.1.13; times G / (G - 1) for G tweets), plus that of each method's seed means
     over its number of seeds, less that of the noise of seed and tweet together, which is in both; where all seed means
-    are equal, nothing is subtracted. The interval is Student's with Satterthwaite's degrees of freedom. Rows that are all
-    independent and one seed make it the paired t test, rows that are all alike make it Welch's t test of the seed means.
-    `benchmarks/coverage.py` compares its coverage with other intervals'.
+    are equal, nothing is subtracted. The interval is Student's with Satterthwaite's degrees of freedom. Rows that are
+    all independent and one seed make it the paired t test, rows that are all alike make it Welch's t test of the seed
+    means. `benchmarks/coverage.py` compares its coverage with other intervals'.
 
     If a trained method has a single seed, how much the seed moves it is unknown: the interval covers tweets alone.
     Raises InputError for scores that are not numbers, other numbers of rows, and fewer than two tweets.
