@@ -205,7 +205,13 @@ def test_eval_only_gives_the_same_final_figures_and_files(runs, script, tmp_path
     short = run_script(script, "--eval_only", "--save_dir", copy, "--holdout", 0, "--max_input_len", 16, "--seed", 7)
     assert short.returncode == 0 and final_line(short) != final_line(done), short.stderr
     record = json.loads((copy / "run.json").read_text())
-    assert record["holdout"] == before["holdout"] and record["eval_only"]["max_input_len"] == 16
+    # The former held-out scores are of longer prompts. Which rows they are of stays known, so they can be had again.
+    assert record["holdout"] == {"rows": before["holdout"]["rows"]} and record["eval_only"]["max_input_len"] == 16
+    assert not (copy / "holdout_predictions.csv").exists()
+    restored = run_script(script, "--eval_only", "--save_dir", copy, meteor=True)
+    assert restored.returncode == 0 and final_line(restored) == final_line(done), restored.stderr
+    assert json.loads((copy / "run.json").read_text())["holdout"] == before["holdout"]
+    assert (copy / "holdout_predictions.csv").read_bytes() == (folder / "holdout_predictions.csv").read_bytes()
 
 
 def test_eval_only_scores_a_checkpoint_that_no_run_of_ours_made(tmp_path, standin, tweet_qa):
