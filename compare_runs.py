@@ -228,7 +228,8 @@ def report_pair(pair):
         seeds = " and ".join(dict.fromkeys(str(run.seed) for run in two if run.trained))
         tests.append(f"p = {mcnemar(a, b):.2g} (seed {seeds})")
     counts /= len(matched)
-    shares = [[f"{count:.5g} ({100 * count / counts.sum():.1f} %)" for count in line] for line in counts]
+    digits = 1 if len(matched) > 1 else 0  # a mean of several pairs need not be a whole number
+    shares = [[f"{count:.{digits}f} ({100 * count / counts.sum():.1f} %)" for count in line] for line in counts]
     lines += markdown_table(
         [["exact match", f"{theirs} right", f"{theirs} wrong"]]
         + [[f"{ours} {verdict}", *line] for verdict, line in zip(("right", "wrong"), shares, strict=True)]

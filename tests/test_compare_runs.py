@@ -130,7 +130,7 @@ def test_seeds_are_one_row_with_mean_and_standard_deviation(tmp_path, capsys):
     assert f"| F1 | {signed(result.mean)} | {points(result.low)} to {points(result.high)} |" in text
     assert "McNemar" not in text  # a test of two runs
     wrong = np.mean([((a <= 0.5) & (b <= 0.5)).sum() for a, b in zip(lora, full, strict=True)])
-    assert f"{wrong:.5g} ({wrong / 0.4:.1f} %) |\n" in text and "mean of 3 pairs of runs" in text
+    assert f"{wrong:.1f} ({wrong / 0.4:.1f} %) |\n" in text and "mean of 3 pairs of runs" in text
 
 
 def test_runs_of_other_steps_or_precision_are_no_seeds_of_one_method(tmp_path, capsys):
