@@ -272,8 +272,8 @@ def decode_batch(model, tokenizer, encoded, mask, *, beams, max_target_len, cros
         attention_mask=mask,
         past_key_values=SearchCache(DynamicCache(), cross),
     )
-    answers = [text.strip() for text in tokenizer.batch_decode(token_ids, skip_special_tokens=True)]
-    return answers, token_ids.masked_fill(token_ids == tokenizer.pad_token_id, LABEL_PAD)
+    padded = token_ids.masked_fill(token_ids == LABEL_PAD, tokenizer.pad_token_id)
+    return [text.strip() for text in tokenizer.batch_decode(padded, skip_special_tokens=True)], token_ids
 
 
 def cross_attention_cache(model, encoded, mask):
@@ -380,7 +380,7 @@ def predict(
 
 def _mean_log_probs(model, encoded, mask, token_ids, cross):
     """(batch,): the mean log-probability (nats) of the tokens of each answer of `decode_batch`."""
-    tokens = (token_ids != LABEL_PAD).sum(1).clamp(min=1)  # an answer can consist of padding alone
+    tokens = (token_ids != LABEL_PAD).sum(1)
     return token_log_probs(model, encoded, mask, token_ids, cross).sum(1) / tokens
 
 
@@ -427,6 +427,7 @@ def load_sem_model(name, device):
         )
     if not is_local(name):
         ask_hub_once(name, "model")
+    _embed_once.cache_clear()  # else the model of the seed before, and its memory on a GPU, would be kept
     from sentence_transformers import SentenceTransformer
 
     try:
@@ -552,7 +553,8 @@ def answer(
 ):
     """Answer a question about a tweet, or many at once.
 
-    model: a T5 model or a PeftModel, on `device`; its train/eval mode does not change.
+    model: a T5 model or a PeftModel, on `device`; its train/eval mode does not change. Threads can share it if it is in
+        eval mode.
     question, tweet: strings, or lists, tuples, Series or arrays of strings; both of the same length, or one of them a
         string, which then goes with each of the others. They are answered `batch_size` at a time.
     beams, max_input_len, max_target_len: as in training (--final_beams, --max_input_len, --max_target_len). If a

@@ -275,8 +275,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is written (default: %(default)s)")
     options = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # One GPU of several: Seq2SeqTrainer would use all of them, and train larger batches.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if options.device == "cpu" else visible
     if options.quick:
         options.rounds = 1
     import torch

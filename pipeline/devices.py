@@ -43,6 +43,9 @@ def make_accelerator(args):
         # accelerate uses the plugin on GPUs only. FSDP2 works on CPUs as well, where it can be tested.
         accelerator.state.fsdp_plugin = plugin
         accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    # cuDNN's attention, which torch prefers on some GPUs, is compiled for each length, and a search has a new length at
+    # each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return accelerator
 
 

@@ -195,7 +195,7 @@ def attend_to_rows(
     if attention_mask is None and module.is_causal and query.shape[2] > 1 and beams == 1:  # SDPA gets a flag instead
         attention_mask = torch.ones(scores.shape[2:], dtype=torch.bool).tril()
     if attention_mask is not None:
-        scores = scores + torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
+        scores = scores + torch.where(attention_mask, scores.new_zeros(()), torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1).to(value.dtype)  # in bf16 the scores are float32 where the bias is
     result = ((fast_dropout(weights, dropout) if dropout else weights) @ value).transpose(1, 2)
     return result.reshape(-1, 1, *result.shape[2:]) if beams > 1 else result, None
@@ -250,7 +250,7 @@ class _Lookup(torch.autograd.Function):
 
 class _Buffer:
     """The gradient of an embedding. Only the rows that a step has used are set to 0 for the next one: to fill all of
-    flan-t5-small's takes a tenth of a step, twice."""
+    flan-t5-small's takes a tenth of a step, twice. So an optimizer may scale it, and write nothing else into it."""
 
     def __init__(self):
         self.gradient, self.used = None, []

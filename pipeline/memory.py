@@ -239,7 +239,10 @@ def is_out_of_memory(error):
     """Whether an exception says that memory ran out, of a GPU or of the computer."""
     from accelerate.utils.memory import should_reduce_batch_size
 
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error):
+        return True
+    # What a GPU says where not torch, but CUDA or cuBLAS could not allocate.
+    return any(text in str(error) for text in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 @contextmanager

@@ -101,8 +101,9 @@ def find_rows(batch, label_pad, heads):
     """The Packed of a training batch of the collate function, on the CPU. heads: of the model's attention."""
     real, length = batch["attention_mask"].bool(), batch["labels"].shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    sources = _rows(real, real[:, None, None], heads)
-    return Packed(sources, _rows(batch["labels"] != label_pad, causal[None, None], heads))
+    counts = batch["labels"] != label_pad
+    targets = counts.flip(1).cumsum(1).flip(1) > 0  # those before one that counts are read too
+    return Packed(_rows(real, real[:, None, None], heads), _rows(targets, causal[None, None], heads))
 
 
 def _rows(real, mask, heads):

@@ -247,6 +247,7 @@ def identity(setup):
         rows[f"{role} rows (--dataset)"] = hashlib.sha256(content).hexdigest()
     return rows | {
         "weights (--model_name)": setup.content["model_name"],
+        "device": setup.accelerator.device.type,
         "precision": setup.accelerator.mixed_precision,
         "number of processes": setup.accelerator.num_processes,
         "order of the training rows": "random",  # older versions grouped them by length and did not record it
@@ -313,6 +314,9 @@ def same_start(folder, former, now):
             " another folder"
         )
     before, now = former.get("identity", {}), now["identity"]
+    if "device" not in before:  # older versions recorded only its name, which for a GPU is that of a product
+        name = str(former.get("device", now["device"])).split(":")[0]
+        before = before | {"device": name if name in ("cpu", "mps") else "cuda"}
     differing = []
     for name in {**before, **now}:
         then, new = before.get(name), now.get(name)

@@ -329,7 +329,8 @@ def start_token(model):
 
 
 def search(model, tokenizer, *, beams, max_target_len, **inputs):
-    """Beam search, or greedy with one beam: int64 (batch, answer length), without the start token.
+    """Beam search, or greedy with one beam: int64 (batch, answer length), without the start token, and -100 behind the
+    end of an answer. A pad token that the model chose itself is a token of its answer.
 
     inputs: for `generate`. The search is this project's: nothing of the model's generation_config takes part in it.
     `generate` would fill whatever `settings` leaves open from there, such as forced tokens or a shortest length. So it
@@ -351,7 +352,7 @@ def search(model, tokenizer, *, beams, max_target_len, **inputs):
     whole = copy.copy(next(module for module in model.modules() if isinstance(module, GenerationMixin)))
     whole.generation_config = settings
     ids = GenerationMixin.generate(whole, generation_config=settings, **inputs)[:, 1:]
-    # With several beams, transformers fills up shorter answers with end tokens where the pad token's id is 0.
+    # By place: transformers fills up shorter answers with end tokens in some cases, and a model may choose to pad.
     ended = (ids == settings.eos_token_id).cumsum(1).roll(1, dims=1)
     ended[:, 0] = 0
-    return ids.masked_fill(ended > 0, tokenizer.pad_token_id)
+    return ids.masked_fill(ended > 0, LABEL_PAD)

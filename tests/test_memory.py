@@ -43,7 +43,7 @@ from helper_functions import (
 from pipeline.arguments import build_parser
 from pipeline.checkpoint import load_checkpoint
 from pipeline.fast_cpu import use_fast_training
-from pipeline.memory import LiveBytes, largest_batch, memory_lines, training_memory
+from pipeline.memory import LiveBytes, is_out_of_memory, largest_batch, memory_lines, training_memory
 from pipeline.resume import LoopState
 from pipeline.t5 import packed_rows, target_logits, use_gradient_checkpointing
 from tweet_qa_main import Prepared, build_optimizer, train_epoch
@@ -311,6 +311,23 @@ def test_it_warns_where_there_is_less_than_it_takes_and_says_what_to_lower():
     assert "--gradient_checkpointing" not in warning and "--batch_size" in warning
     known = {flag for action in build_parser("", 1, "x")._actions for flag in action.option_strings}
     assert set(flags) <= known
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."), True),
+        (torch.OutOfMemoryError("any text"), True),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (ValueError("a batch is empty"), False),
+    ],
+)
+def test_what_says_that_memory_ran_out(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 # Runs a script up to the end of the first epoch's training, and prints the most memory that its process held (kB): from

@@ -1,15 +1,25 @@
 """Scores agree with an implementation that is not the project's own, and keep their promises at the edges."""
 
+import gc
 import json
 import math
 import random
+import weakref
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 
-from helper_functions import exact_match, normalize_answer, question_type, semantic_similarity, token_f1, tweet_features
+from helper_functions import (
+    exact_match,
+    load_sem_model,
+    normalize_answer,
+    question_type,
+    semantic_similarity,
+    token_f1,
+    tweet_features,
+)
 
 # Articles, punctuation and case are what normalization is about, so random text is made to be full of them.
 WORDS = st.sampled_from("a an the The cat Cat cat. sat sat! on #mat @mat 7 7. ? ... it's its 🙂 é A.N —".split())
@@ -90,8 +100,6 @@ class CountingModel:
 
 @pytest.fixture(scope="module")
 def sem_model(minilm):
-    from helper_functions import load_sem_model
-
     return load_sem_model(str(minilm), "cpu")
 
 
@@ -120,6 +128,17 @@ def test_similarity_encodes_each_distinct_text_once(sem_model):
     assert semantic_similarity(counting, ["", " "], [["x"], ["x"]]) == [0.0, 0.0] and len(counting.calls) == 3
     with pytest.raises(ValueError, match="2 predictions, but references for 1"):
         semantic_similarity(sem_model, ["a", "b"], [["a"]])
+
+
+def test_the_similarity_model_of_one_seed_is_released_when_the_next_one_loads_its_own(minilm):
+    """On a GPU its memory would count as that of the later runs."""
+    model = load_sem_model(str(minilm), "cpu")
+    assert semantic_similarity(model, ["a"], [["a"]]) == [pytest.approx(1.0, abs=1e-5)]
+    former = weakref.ref(model)
+    del model
+    load_sem_model(str(minilm), "cpu")
+    gc.collect()
+    assert former() is None
 
 
 @pytest.mark.parametrize(

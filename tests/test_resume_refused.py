@@ -12,7 +12,7 @@ from run_folders import write_run
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import InputError
-from pipeline.resume import SIMILARITY, check_can_resume
+from pipeline.resume import SIMILARITY, check_can_resume, same_start
 from pipeline.run_folder import read_run_json
 
 pytestmark = pytest.mark.usefixtures("without_java")
@@ -85,6 +85,17 @@ def test_a_similarity_model_may_move_but_not_be_left_out(tmp_path):
     check_can_resume(folder, "full", given | {"sem_model": "moved/minilm"})
     with pytest.raises(InputError, match=r"different settings \(--sem_model none \(was minilm\)\)"):
         check_can_resume(folder, "full", given | {"sem_model": "none"})
+
+
+def test_a_run_is_not_resumed_on_another_kind_of_device(tmp_path):
+    """Its random numbers there are others. Older versions recorded the device's name alone."""
+    now = {"prompt": "", "device": "cpu", "identity": {"device": "cpu"}}
+    for name in ("cpu", "cpu:0"):
+        assert same_start(tmp_path, {"prompt": "", "device": name, "identity": {}}, now) == {}
+    for identity in ({}, {"device": "cuda"}):
+        former = {"prompt": "", "device": "NVIDIA H200", "identity": identity}
+        with pytest.raises(InputError, match=r"started with different device \(was cuda, is cpu\): restore"):
+            same_start(tmp_path, former, now)
 
 
 @pytest.mark.slow

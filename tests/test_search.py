@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+import torch
 from conftest import SHARED, run_script
 from plain import DEMO, TINY_T5, demo_rows, plain_answers, questions_and_tweets
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
@@ -17,6 +18,7 @@ from helper_functions import (
     TweetQADataset,
     answer,
     build_collate_fn,
+    build_prompt,
     eval_loader,
     evaluate,
     load_model_and_tokenizer,
@@ -158,6 +160,26 @@ def test_an_answers_score_does_not_depend_on_the_other_answers_of_its_batch(beam
     alone = [answer(model, tokenizer, "cpu", *one, beams=beams, return_score=True) for one in zip(*asked, strict=True)]
     assert answers == [text for text, _ in alone]
     assert scores == pytest.approx([score for _, score in alone], abs=1e-5)
+
+
+@pytest.mark.parametrize("pad", [0, 150])
+def test_a_pad_token_that_the_model_chooses_counts_in_its_answers_score(pad):
+    """Training teaches none, but a random model can answer with nothing else: that is not certain, a score of 0."""
+    model, tokenizer = load_model_and_tokenizer(str(TINY_T5))
+    tokenizer.pad_token_id = model.config.pad_token_id = model.generation_config.pad_token_id = pad
+    model.lm_head.weight.data[pad] = model.lm_head.weight.data[tokenizer.eos_token_id] * 1.1  # chosen in its place
+    chosen = 0
+    for row in ROWS[:8]:
+        given = (row["Question"], row["Tweet"])
+        _, score = answer(model, tokenizer, "cpu", *given, beams=1, max_target_len=6, return_score=True)
+        prompt = tokenizer(build_prompt(*given), return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**prompt, num_beams=1, max_new_tokens=6)
+            logits = model(**prompt, decoder_input_ids=ids[:, :-1]).logits[0]
+        each = logits.log_softmax(-1)[range(len(logits)), ids[0, 1:]]
+        assert score == pytest.approx(each.mean().item(), abs=1e-4)
+        chosen += int((ids[0, 1:] == pad).sum())
+    assert chosen > 8
 
 
 def test_threads_can_share_a_model(right):

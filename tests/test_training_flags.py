@@ -363,6 +363,13 @@ def test_what_cannot_be_sharded_is_refused(given, monkeypatch):
         make_accelerator(parsed(*given, script=LORA))
 
 
+def test_attention_is_not_computed_by_cudnn():
+    """It is compiled for each length: a search has a new one at each token."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_accelerator(parsed())
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_an_optimizer_that_was_prepared_is_stepped_with_the_schedule():
     """accelerate's wrapper takes transformers' Adafactor as it takes torch's optimizers."""
     model = torch.nn.Linear(4, 4)
