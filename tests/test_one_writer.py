@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from conftest import FULL, PROJECT, contents, run_script, start_script
 
@@ -61,18 +62,26 @@ def test_of_two_runs_started_together_one_ends_and_the_other_is_refused(tmp_path
     assert not (folder / lock.LOCK).exists()
 
 
+def files_of(alive, folder):
+    """The names of what a run has written, but for files that it is about to rename, and last/, which it replaces."""
+    alive.send(signal.SIGSTOP)
+    while psutil.Process(alive.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    names = {name for name in contents(folder) if not name.startswith((".", "last/"))}
+    alive.send(signal.SIGCONT)
+    return names
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite", "--eval_only"])
 def test_a_living_run_is_neither_resumed_nor_replaced_nor_scored(tmp_path, flag):
     folder = tmp_path / "run"
     alive = start_script(FULL, *demo("--epochs", 200, "--save_dir", folder))
     try:
         wait_for(folder / "last" / "loop.json", alive)
-        alive.send(signal.SIGSTOP)  # so that its files stay as they are for a moment; its lock is fresh
-        before = {name: data for name, data in contents(folder).items() if name != lock.LOCK}
-        alive.send(signal.SIGCONT)
+        before = files_of(alive, folder)
         done = run_script(FULL, *demo("--epochs", 200, "--save_dir", folder, flag))
         assert done.returncode == 2 and f"process {alive.pid} on " in done.stderr, done.stderr
-        assert alive.is_running() and before.keys() <= contents(folder).keys() | {"last/loop.json"}
+        assert alive.is_running() and before <= files_of(alive, folder) and "run.json" in before
     finally:
         alive.send(signal.SIGKILL)
     # A run that was killed holds nothing: the folder can be resumed at once.
