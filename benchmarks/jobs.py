@@ -4,7 +4,6 @@ A contender has `load`, `epoch_order`, `train`, `validate` and `start`, see `pla
 train, has `load`, `validate` and `answer`.
 """
 
-import gc
 import importlib
 import random
 import re
@@ -225,11 +224,9 @@ def count_operations():
 
 
 def reset_peak_memory(device):
-    gc.collect()  # models of former rounds that refer to themselves, as accelerate's autocast makes them
     if device == "cuda":
         import torch
 
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: sets VmHWM back to what is held now

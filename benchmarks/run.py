@@ -104,8 +104,7 @@ def measure(case, methods, options, found):
     for method, (lora, precision) in methods.items():
         if method not in found:
             say(f"{case['name']}, {method}: training")
-            with Pools() as pools:
-                found[method] = measure_training(pools, case, chosen, lora, precision, options)
+            found[method] = measure_training(case, chosen, lora, precision, options)
             yield
 
 
@@ -158,13 +157,15 @@ def measure_answers(pools, case, beams, patience, options):
     return seconds | {"asked": len(ours), "same": same}
 
 
-def measure_training(pools, case, chosen, lora, precision, options):
+def measure_training(case, chosen, lora, precision, options):
     """{contender: speed and memory, "profile": of this project} of training on the chosen batches."""
-    given = (lora, options.device, precision)
-    results = in_turns(
-        list(CONTENDERS), options.rounds, lambda name: pools.ask(name, jobs.train, case, chosen[name], *given)
-    )
-    profile = pools.ask("this_project", jobs.where_training_time_goes, case, chosen["this_project"], *given)
+
+    def ask(name, job):  # a new process each time: its peak memory would contain what the round before left
+        with Pools() as pools:
+            return pools.ask(name, job, case, chosen[name], lora, options.device, precision)
+
+    results = in_turns(list(CONTENDERS), options.rounds, lambda name: ask(name, jobs.train))
+    profile = ask("this_project", jobs.where_training_time_goes)
     figures = {}
     for name, runs in results.items():
         timed = chosen[name][SKIPPED:]
