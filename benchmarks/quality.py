@@ -16,7 +16,7 @@ import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.arguments import at_least
 from pipeline.run_folder import git_commit
 
 VARIANTS = {  # name: what it adds to the command line
+    "plain": ["--precision", "fp32"],  # and nothing of what makes training fast on a CPU, see `_plain_training`
     "fp32": ["--precision", "fp32"],
     "bf16": ["--precision", "bf16"],
 }
@@ -59,7 +60,12 @@ def train(variant, method, seed, epochs):
             for name, value in DEMO_LORA.items():
                 command += [f"--{names.get(name, name)}", *(value if isinstance(value, list) else [value])]
         told = io.StringIO()
-        with redirect_stdout(io.StringIO()), redirect_stderr(told), _without_the_final_evaluation(tweet_qa_main):
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(io.StringIO()))
+            stack.enter_context(redirect_stderr(told))
+            stack.enter_context(_without_the_final_evaluation(tweet_qa_main))
+            if variant == "plain":
+                stack.enter_context(_plain_training(tweet_qa_main))
             code = script.main([str(part) for part in command])
         if code == 1 and "not finite" in told.getvalue():
             return {"f1": []}
@@ -80,6 +86,21 @@ def train(variant, method, seed, epochs):
 def _without_the_final_evaluation(script):
     """It would score the best epoch a second time, by METEOR too, and takes as long as the training of an epoch."""
     with patch.object(script, "final_evaluation", lambda *_: {}), patch.object(script.publish, "write_model_card"):
+        yield
+
+
+@contextmanager
+def _plain_training(script):
+    """Padded batches, torch's own dropout, and the embedding's gradient by autograd."""
+    from torch.nn import functional as F
+
+    from pipeline import fast_cpu
+
+    with (
+        patch.object(script, "packed_rows", lambda *_: None),
+        patch.object(script, "use_fast_training", lambda *_, **__: None),
+        patch.object(fast_cpu, "fast_dropout", F.dropout),
+    ):
         yield
 
 
@@ -174,7 +195,7 @@ def study(options, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["fp32", "bf16"], help="default: fp32 bf16")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: both")
     parser.add_argument("--seeds", type=at_least(1), default=50, help="number of seeds (default: %(default)s)")
     parser.add_argument("--first_seed", type=at_least(0), default=0, help="the first of them (default: %(default)s)")
