@@ -73,6 +73,13 @@ def test_packing_and_unpacking_move_each_token_and_its_gradient():
         assert not tokens.grad.transpose(1, 2)[0, count:].any()
 
 
+def test_a_model_in_float64_has_the_loss_of_one_in_float32(model, batch):
+    for rows in (packed_rows(model, batch), None):
+        single, double = in_training(copy.deepcopy(model), 1e-9), in_training(copy.deepcopy(model).double(), 1e-9)
+        losses = [F.cross_entropy(*target_logits(each, batch, rows)) for each in (single, double)]
+        assert losses[1].dtype == torch.float64 and losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("attention_dropout", [0.0, 1e-9])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_and_gradients_are_those_of_the_padded_batch(model, batch, attention_dropout, checkpointing):
