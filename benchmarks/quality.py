@@ -16,7 +16,7 @@ import math
 import os
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -60,12 +60,13 @@ def train(variant, method, seed, epochs):
             for name, value in DEMO_LORA.items():
                 command += [f"--{names.get(name, name)}", *(value if isinstance(value, list) else [value])]
         told = io.StringIO()
-        with ExitStack() as stack:
-            stack.enter_context(redirect_stdout(io.StringIO()))
-            stack.enter_context(redirect_stderr(told))
-            stack.enter_context(_without_the_final_evaluation(tweet_qa_main))
-            if variant == "plain":
-                stack.enter_context(_plain_training(tweet_qa_main))
+        changed = _plain_training(tweet_qa_main) if variant == "plain" else nullcontext()
+        with (
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(told),
+            _without_the_final_evaluation(tweet_qa_main),
+            changed,
+        ):
             code = script.main([str(part) for part in command])
         if code == 1 and "not finite" in told.getvalue():
             return {"f1": []}

@@ -63,12 +63,16 @@ def test_of_two_runs_started_together_one_ends_and_the_other_is_refused(tmp_path
 
 
 def files_of(alive, folder):
-    """The names of what a run has written, but for files that it is about to rename, and last/, which it replaces."""
-    alive.send(signal.SIGSTOP)
-    while psutil.Process(alive.pid).status() != psutil.STATUS_STOPPED:
+    """The names of what a run has written, at a moment when it is not replacing last/, but for files that it is about
+    to rename."""
+    names = set()
+    while "last/loop.json" not in names:
+        assert alive.is_running()
+        alive.send(signal.SIGSTOP)  # so that its files stay as they are for a moment; its lock is fresh
+        if psutil.Process(alive.pid).status() == psutil.STATUS_STOPPED:
+            names = {name for name in contents(folder) if not name.startswith((".tmp-", ".old-", lock.LOCK))}
+        alive.send(signal.SIGCONT)
         time.sleep(0.01)
-    names = {name for name in contents(folder) if not name.startswith((".", "last/"))}
-    alive.send(signal.SIGCONT)
     return names
 
 
